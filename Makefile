@@ -1,0 +1,33 @@
+# Two commands do everything, each with its own set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.base
+	$(BIN)/leanrec demo --out demo
+
+test: $(VENV)/.dev
+	scripts/check $(BIN)
+
+check: test
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e ".[plot]"
+	touch $@
+
+# torchrec is installed without its requirements: they would replace the CPU build of torch by a GPU build.
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -c constraints.txt -e ".[dev]"
+	$(PIP) -c constraints.txt --no-deps torchrec fbgemm-gpu-cpu
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""leanrec makes recommenders many times smaller without losing quality."""

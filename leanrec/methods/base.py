@@ -1,0 +1,135 @@
+"""The contract of a compression method: a frozen config (`Method`) and a drop-in table (`Table`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Hyperparameters of one method: literals only, with defaults that work on a 1000 x 16 table.
+
+    Its text form is its repr, `PQ(num_subspaces=4, num_centroids=256)`: the same in code, on the command line, in result files
+    and in saved models (`leanrec.methods.parse` reads it back). The first line of the class docstring names the paper.
+    """
+
+    knob: ClassVar[str]
+    """The integer field that trades size for quality: size never falls as it grows."""
+
+    @abstractmethod
+    def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
+        """Values of the knob that fit a table of this shape, rising."""
+
+    @abstractmethod
+    def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        """Bytes of a table as stored, everything it needs to answer counted; known before anything is built.
+
+        Raises:
+            ValueError: These settings do not fit a table of this shape; the message gives the valid values.
+        """
+
+    @abstractmethod
+    def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> Table:
+        """A table of this shape, not fitted: the start of training from scratch, of `fit` or of `load_state_dict`.
+
+        Raises:
+            ValueError: As `nbytes`.
+        """
+
+    def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
+        """The settings among which a budget chooses for a table of this shape; here, one per value of the knob."""
+        return [self.with_knob(value) for value in self.knob_values(num_embeddings, embedding_dim)]
+
+    def with_knob(self, value: int) -> Self:
+        """The same settings with another value of the knob."""
+        settings: dict[str, Any] = {self.knob: value}
+        return replace(self, **settings)
+
+    @abstractmethod
+    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
+        """Estimate, between 0 and 1, of the share of a table's variance that these settings lose.
+
+        A rate-distortion formula, not a measurement: it lets `fit_budget` weigh settings against one another before anything is built.
+        """
+
+
+class Table(nn.Module, ABC):
+    """A compressed V x D table, drop-in for `nn.Embedding`.
+
+    Everything it needs to answer is a parameter or a registered buffer: saved, moved by `.to()` and counted by `nbytes`.
+    """
+
+    def __init__(self, method: Method, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.method = method
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.padding_idx: int | None = None
+        # Every random draw of this table comes from this seed, so fitting is repeatable and the global random state stays untouched.
+        self.seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
+
+    @abstractmethod
+    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
+        """Post-training compression of `weight`, in place; returns self.
+
+        Args:
+            weight: (V, D) float, read in chunks and left as it is.
+            counts: (V,) int64 occurrences of each id in the training split, or None for equal weight.
+        """
+
+    @abstractmethod
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Rows of the table: (N,) int64 in [0, V) -> (N, D)."""
+
+    def penalty(self) -> Tensor | float:
+        """A term that training adds to its loss; 0 where the method has none."""
+        return 0.0
+
+    def maintain(self, step: int) -> None:
+        """Called after every training step: re-clustering, pruning, promotion; nothing where the method needs none."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows for ids of any shape: (...) int -> (..., D). Final: methods write `lookup`.
+
+        Raises:
+            IndexError: An id outside [0, V) (checked on the CPU, outside compiled and exported code).
+        """
+        ids = input.reshape(-1).long()
+        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in torch.aminmax(ids))
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(f"id {low if low < 0 else high} is outside the table's rows 0 to {self.num_embeddings - 1}.")
+        rows = self.lookup(ids)
+        if self.padding_idx is not None:
+            rows = rows.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
+        return rows.reshape(*input.shape, self.embedding_dim)
+
+    @torch.no_grad()
+    def decode(self, *, chunk_rows: int = 65_536) -> Tensor:
+        """All rows: (V, D)."""
+        starts = range(0, self.num_embeddings, chunk_rows)
+        device = next(iter(self.state_dict().values())).device
+        return torch.cat([self(torch.arange(start, min(start + chunk_rows, self.num_embeddings), device=device)) for start in starts])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored: all parameters and buffers of the table's state dict."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+
+    def extra_repr(self) -> str:
+        """Shape and settings, for `print(model)`."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.method!r}"
+
+
+def row_weights(counts: Tensor | None, num_embeddings: int, *, power: float) -> Tensor:
+    """Weight of each row in a fit, (V,) float: count ** power, every row at least a little; ones without counts."""
+    if counts is None:
+        return torch.ones(num_embeddings)
+    return counts.clamp(min=0).float().clamp(min=0.1) ** power
