@@ -1,0 +1,172 @@
+"""Run folders: every command writes one folder that holds a `run.json`, appears at once and whole, and is never half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RUN_FILE, SETTINGS_FILE = "run.json", "settings.json"
+
+
+@dataclass
+class Run:
+    """A run in progress.
+
+    Attributes:
+        folder: Where to write; it becomes the folder that the user named when the run ends well.
+        resumed: Whether `folder` holds what an interrupted run with the same settings left.
+        results: What to keep in `run.json` beside settings, versions, seconds and peak memory. JSON values.
+    """
+
+    folder: Path
+    resumed: bool
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def is_finished(out: Path, *, command: str, settings: Mapping[str, Any]) -> bool:
+    """Whether `out` already holds this very run.
+
+    Raises:
+        ValueError: `out` holds something else, which nothing overwrites.
+    """
+    if not out.exists():
+        return False
+    if not (out / RUN_FILE).is_file():
+        raise ValueError(f"{out}: exists and is not a run folder (no {RUN_FILE}). Choose another --out.")
+    record = load(out)
+    given = _plain(settings)
+    if record["command"] == command and record["settings"] == given:
+        return True
+    if record["command"] != command:
+        raise ValueError(f"{out}: holds the result of `leanrec {record['command']}`. Choose another --out or delete it.")
+    changed = sorted(key for key in given.keys() | record["settings"].keys() if given.get(key) != record["settings"].get(key))
+    differences = ", ".join(f"{key}: {record['settings'].get(key)!r} there, {given.get(key)!r} now" for key in changed)
+    raise ValueError(f"{out}: holds a run with other settings ({differences}). Choose another --out or delete it.")
+
+
+@contextmanager
+def create(out: Path, *, command: str, settings: Mapping[str, Any], resumable: bool = False) -> Iterator[Run]:
+    """A run that writes into `OUT.partial` and becomes `OUT`, with its `run.json`, only when the block ends well.
+
+    An exception or a kill leaves `OUT.partial`. A resumable run with the same settings goes on from there; any other starts afresh.
+
+    Args:
+        out: The folder that the user asked for; it must not exist (see `is_finished`).
+        command: Name of the verb.
+        settings: Everything that decides the result, literals and paths; written to `run.json`.
+        resumable: Whether what an interrupted run left is kept for this one.
+    """
+    partial = out.with_name(out.name + ".partial")
+    saved = partial / SETTINGS_FILE
+    text = json.dumps({"command": command, "settings": _plain(settings)}, indent=1, sort_keys=True)
+    resumed = resumable and saved.is_file() and saved.read_text() == text
+    if not resumed:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_atomically(saved, text)
+    run, start = Run(partial, resumed), time.perf_counter()
+    yield run
+    record = {
+        "command": command,
+        "settings": _plain(settings),
+        **run.results,
+        "seconds": round(time.perf_counter() - start, 3),
+        "peak_memory": peak_memory(),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_atomically(partial / RUN_FILE, json.dumps(record, indent=1) + "\n")
+    saved.unlink()
+    os.rename(partial, out)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The record of a finished run.
+
+    Raises:
+        ValueError: `folder` is not one.
+    """
+    try:
+        return json.loads((folder / RUN_FILE).read_text())
+    except FileNotFoundError:
+        unfinished = folder.with_name(folder.name + ".partial").exists()
+        hint = "the run was interrupted; give the same command again" if unfinished else "give a folder that a leanrec command wrote"
+        raise ValueError(f"{folder}: no finished run here ({RUN_FILE} not found); {hint}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / RUN_FILE}: not JSON ({error}).") from None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees either the old content or all of the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """SHA-256 over names, sizes and contents of files: the same input gives the same text."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def machine() -> str:
+    """Processor, cores and system in words."""
+    return f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what decides a result."""
+    packages = {name: metadata.version(name) for name in ("leanrec", "torch", "numpy", "polars", "pyarrow", "safetensors")}
+    return {"python": platform.python_version(), **packages}
+
+
+def commit() -> str | None:
+    """The git commit that leanrec runs from, with "-dirty" where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, so that a fresh command compares equal to a stored one."""
+    return json.loads(json.dumps(dict(settings), default=str))
+
+
+def _processor() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
