@@ -113,9 +113,13 @@ def load(folder: Path) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees either the old content or all of the new."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
+    temporary.write_text(text)
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Put a finished temporary file in the place of `path`, after its bytes are on the disk."""
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
