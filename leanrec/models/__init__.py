@@ -12,11 +12,23 @@ from torch import nn
 from leanrec.data.schema import Schema
 from leanrec.models.dcnv2 import DCNv2
 from leanrec.models.deepfm import DeepFM
+from leanrec.models.din import DIN
+from leanrec.models.fibinet import FiBiNET
 from leanrec.models.fm import FM
+from leanrec.models.gdcn import GDCNP
 from leanrec.models.ipnn import IPNN
 from leanrec.models.lr import LR
 
-MODELS: dict[str, type[nn.Module]] = {"lr": LR, "fm": FM, "deepfm": DeepFM, "dcnv2": DCNv2, "ipnn": IPNN}
+MODELS: dict[str, type[nn.Module]] = {
+    "lr": LR,
+    "fm": FM,
+    "deepfm": DeepFM,
+    "dcnv2": DCNv2,
+    "ipnn": IPNN,
+    "gdcnp": GDCNP,
+    "fibinet": FiBiNET,
+    "din": DIN,
+}
 
 
 def build(name: str, schema: Schema, **settings: Any) -> nn.Module:
