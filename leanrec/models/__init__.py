@@ -76,9 +76,11 @@ def _imported(name: str) -> Callable[..., object]:
 
 
 def _check_settings(name: str, maker: Callable[..., object], settings: dict[str, Any]) -> None:
-    _, *parameters = inspect.signature(maker).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return
-    valid = [parameter.name for parameter in parameters]
-    if unknown := sorted(set(settings) - set(valid)):
+    parameters = list(inspect.signature(maker).parameters.values())[1:]  # the first is the schema
+    named = [parameter for parameter in parameters if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
+    valid = [parameter.name for parameter in named]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if not takes_any and (unknown := sorted(set(settings) - set(valid))):
         raise ValueError(f"Model {name!r} has no setting {unknown[0]!r}. Choose from {valid}.")
+    if missing := [parameter.name for parameter in named if parameter.default is parameter.empty and parameter.name not in settings]:
+        raise ValueError(f"Model {name!r} needs the setting {missing[0]!r}, which has no default.")

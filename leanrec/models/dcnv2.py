@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanrec.data.schema import Schema
-from leanrec.models.layers import MLP, FieldEmbedding, require_choice
+from leanrec.models.layers import MLP, FieldEmbedding, require_choice, require_positive
 
 
 class DCNv2(nn.Module):
@@ -48,6 +48,7 @@ class CrossNetwork(nn.Module):
 
     def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()
+        require_positive("num_cross_layers", num_layers)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
 
     def forward(self, x0: Tensor) -> Tensor:

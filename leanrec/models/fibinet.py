@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanrec.data.schema import Schema
-from leanrec.models.layers import MLP, FieldEmbedding, FirstOrder, require_choice
+from leanrec.models.layers import MLP, FieldEmbedding, FirstOrder, require_choice, require_positive
 
 
 class FiBiNET(nn.Module):
@@ -53,8 +53,7 @@ class SENET(nn.Module):
 
     def __init__(self, num_fields: int, reduction_ratio: int) -> None:
         super().__init__()
-        if reduction_ratio < 1:
-            raise ValueError(f"reduction_ratio={reduction_ratio} must be 1 or more.")
+        require_positive("reduction_ratio", reduction_ratio)
         reduced = max(1, num_fields // reduction_ratio)
         self.excite = nn.Sequential(nn.Linear(num_fields, reduced, bias=False), nn.ReLU(), nn.Linear(reduced, num_fields, bias=False), nn.ReLU())
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanrec.data.schema import Schema
-from leanrec.models.layers import MLP, FieldEmbedding
+from leanrec.models.layers import MLP, FieldEmbedding, require_positive
 
 
 class GDCNP(nn.Module):
@@ -43,6 +43,7 @@ class GatedCrossNetwork(nn.Module):
 
     def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()
+        require_positive("num_cross_layers", num_layers)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
         self.gates = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num_layers))
 

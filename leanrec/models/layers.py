@@ -39,8 +39,7 @@ class FieldEmbedding(nn.Module):
         super().__init__()
         if not schema.fields:
             raise ValueError("The schema has no fields. A model needs at least one.")
-        if embedding_dim < 1:
-            raise ValueError(f"embedding_dim={embedding_dim} must be 1 or more.")
+        require_positive("embedding_dim", embedding_dim)
         for field in schema.fields:
             _check_table(field, schema)
         self.fields = schema.fields
@@ -156,6 +155,12 @@ def require_choice(setting: str, given: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless a setting is one of its choices."""
     if given not in choices:
         raise ValueError(f"{setting}={given!r} is unknown. Choose one of {list(choices)}.")
+
+
+def require_positive(setting: str, given: int) -> None:
+    """Raise ValueError unless a setting is an integer above zero."""
+    if not isinstance(given, int) or given < 1:
+        raise ValueError(f"{setting}={given!r} must be an integer, 1 or more.")
 
 
 def _check_table(field: Field, schema: Schema) -> None:
