@@ -169,10 +169,13 @@ def test_dice_in_training_bends_at_the_mean_of_the_batch():
     torch.testing.assert_close(dice.mean, 0.1 * s.mean(0))  # the running mean started at zero
 
 
-def test_din_takes_a_batch_without_any_behaviour_in_training(schema, features):
-    model = lively("din", schema)
+@pytest.mark.parametrize("num_behaviours", [0, 1])
+def test_din_trains_on_a_batch_with_too_few_behaviours_for_statistics(schema, features, num_behaviours):
+    model = lively("din", schema).train()
     statistics = model.units[0].relevance[1].mean.clone()
-    logits = model.train()({**features, "history": torch.zeros(64, 6, dtype=torch.int64)})
+    history = torch.zeros(64, 6, dtype=torch.int64)
+    history[0, :num_behaviours] = 3
+    logits = model({**features, "history": history})
     logits.sum().backward()
     assert logits.isfinite().all()
     assert torch.equal(model.units[0].relevance[1].mean, statistics)

@@ -1,4 +1,6 @@
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -122,3 +124,10 @@ def test_own_model_that_cannot_be_made_is_an_error(own_models, schema, name, mes
 def test_a_failing_import_inside_an_own_module_keeps_its_name(own_models, schema):
     with pytest.raises(ModuleNotFoundError, match="package_nobody_has"):
         build("shop_models.broken:popularity", schema)
+
+
+def test_the_example_of_the_docs_is_a_model(tmp_path, monkeypatch, schema, features):
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    (tmp_path / "ranking_of_the_docs.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build("ranking_of_the_docs:small", schema, embedding_dim=4)(features).shape == (64,)
