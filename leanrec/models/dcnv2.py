@@ -44,7 +44,7 @@ class DCNv2(nn.Module):
 
 
 class CrossNetwork(nn.Module):
-    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l, the paper's equation 1: (B, width) -> (B, width)."""
+    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l: (B, width) -> (B, width)."""
 
     def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()

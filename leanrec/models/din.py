@@ -90,7 +90,7 @@ class ActivationUnit(nn.Module):
 
 
 class Dice(nn.Module):
-    """p(s) s + (1 - p(s)) alpha s with p(s) = sigmoid((s - E[s]) / sqrt(Var[s] + 1e-8)), the paper's equation 8: (N, width) -> (N, width).
+    """p(s) s + (1 - p(s)) alpha s with p(s) = sigmoid((s - E[s]) / sqrt(Var[s] + 1e-8)): (N, width) -> (N, width).
 
     Mean and variance are those of the batch in training (of fewer than two rows there are none, and the running ones serve) and running
     averages otherwise.

@@ -14,7 +14,7 @@ from leanrec.models.layers import MLP, FieldEmbedding, FirstOrder, require_choic
 class FiBiNET(nn.Module):
     """A perceptron over bilinear interactions of the vectors and of the vectors reweighted by field (SENET), plus a first-order term.
 
-    Both sets of vectors go through one bilinear layer, as in the public implementations; the paper does not say.
+    Both sets of vectors go through one bilinear layer, as in the public implementations (FuxiCTR, DeepCTR).
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class GDCNP(nn.Module):
 
 
 class GatedCrossNetwork(nn.Module):
-    """c_{l+1} = c_0 * (W_c c_l + b) * sigmoid(W_g c_l) + c_l, the paper's equation 3: (B, width) -> (B, width)."""
+    """c_{l+1} = c_0 * (W_c c_l + b) * sigmoid(W_g c_l) + c_l: (B, width) -> (B, width)."""
 
     def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()
