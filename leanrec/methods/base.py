@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -72,6 +72,7 @@ class Table(nn.Module, ABC):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx: int | None = None
+        self.fit_error: float | None = None  # share of the variance that the fit lost, as `leanrec.compress` measured it
         # Every random draw of this table comes from this seed, so fitting is repeatable and the global random state stays untouched.
         self.seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
 
@@ -123,13 +124,43 @@ class Table(nn.Module, ABC):
         """Bytes as stored: all parameters and buffers of the table's state dict."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
+    def row_chunks(self, weight: Tensor, *, chunk_rows: int = 65_536) -> Iterator[tuple[int, Tensor]]:
+        """First row and float32 copy of each piece of a weight that may be larger than memory; pieces but the last are multiples of 8 rows.
+
+        Raises:
+            ValueError: `weight` has another shape than this table, or a value that is not finite.
+        """
+        self.check_weight(weight)
+        for start in range(0, self.num_embeddings, chunk_rows):
+            rows = weight[start : start + chunk_rows].detach().float()
+            finite = rows.isfinite().all(1)
+            if not finite.all():
+                raise ValueError(
+                    f"row {start + int(finite.long().argmin())} of the weight holds NaN or infinite values. Fit a weight of finite values."
+                )
+            yield start, rows
+
+    def check_weight(self, weight: Tensor) -> None:
+        """Raises ValueError unless `weight` has this table's shape."""
+        if weight.shape != (self.num_embeddings, self.embedding_dim):
+            given = " x ".join(str(size) for size in weight.shape)
+            raise ValueError(f"the weight to fit is {given}, but the table is {self.num_embeddings} x {self.embedding_dim}. Give one of that shape.")
+
     def extra_repr(self) -> str:
         """Shape and settings, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.method!r}"
 
 
 def row_weights(counts: Tensor | None, num_embeddings: int, *, power: float) -> Tensor:
-    """Weight of each row in a fit, (V,) float: count ** power, every row at least a little; ones without counts."""
+    """Weight of each row in a fit, (V,) float32 on the CPU: count ** power; ones without counts.
+
+    A row that never occurred weighs as a tenth of an occurrence: it must not decide, but it is answered and should not be random.
+
+    Raises:
+        ValueError: `counts` is not one number per row.
+    """
     if counts is None:
         return torch.ones(num_embeddings)
-    return counts.clamp(min=0).float().clamp(min=0.1) ** power
+    if counts.shape != (num_embeddings,):
+        raise ValueError(f"counts has shape {tuple(counts.shape)}, but the table has {num_embeddings} rows. Give one count per row.")
+    return counts.cpu().float().clamp(min=0.1) ** power

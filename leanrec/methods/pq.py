@@ -1,0 +1,148 @@
+"""Product quantization. Jegou, Douze and Schmid, TPAMI 2011, doi:10.1109/TPAMI.2010.57."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from leanrec.methods.base import Method, Table, row_weights
+from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
+from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
+
+MAX_BITS = 16
+
+
+@dataclass(frozen=True)
+class PQ(Method):
+    """A row is cut into equal parts, and each part is the nearest of the centroids of its subspace.
+
+    The paper weighs all vectors alike; here a row weighs as a power of its count, because a recommender looks up few rows very often.
+
+    Attributes:
+        num_subspaces: M, parts per row; divides embedding_dim.
+        num_centroids: K, 2 to 65536; a table of fewer rows has one centroid per row.
+        weight_power: A row counts as count ** weight_power in the fit.
+    """
+
+    knob: ClassVar[str] = "num_subspaces"
+    num_subspaces: int = 4
+    num_centroids: int = 256
+    weight_power: float = 0.5
+
+    def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
+        return [parts for parts in range(1, embedding_dim + 1) if embedding_dim % parts == 0]
+
+    def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
+        sizes = centroid_choices(num_embeddings)
+        return [replace(self, num_subspaces=parts, num_centroids=size) for parts in self.knob_values(num_embeddings, embedding_dim) for size in sizes]
+
+    def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        choices = self.knob_values(num_embeddings, embedding_dim)
+        if self.num_subspaces not in choices:
+            raise ValueError(
+                f"{type(self).__name__} splits a row into num_subspaces={self.num_subspaces} equal parts, but embedding_dim={embedding_dim} "
+                f"is not divisible by {self.num_subspaces}. Choose one of {choices}."
+            )
+        num_centroids = used_centroids(self, self.num_centroids, num_embeddings)
+        return packed_nbytes(num_embeddings, self.num_subspaces, code_bits(num_centroids)) + num_centroids * embedding_dim * 4
+
+    def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> PQTable:
+        self.nbytes(num_embeddings, embedding_dim)
+        return PQTable(self, num_embeddings, embedding_dim, generator=generator)
+
+    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
+        return coding_error(self.num_subspaces, self.num_centroids, num_embeddings, embedding_dim)
+
+
+class PQTable(Table):
+    """`packed_codes`: (ceil(V * M * bits / 8),) uint8, frozen. `codebooks`: (M, K, D / M) float32, trainable.
+
+    Built without a fit, codes and code books are random.
+    """
+
+    method: PQ
+    packed_codes: Tensor
+
+    def __init__(self, method: PQ, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(method, num_embeddings, embedding_dim, generator=generator)
+        self.num_centroids = used_centroids(method, method.num_centroids, num_embeddings)
+        self.num_bits = code_bits(self.num_centroids)
+        draws = torch.Generator().manual_seed(self.seed)
+        width = embedding_dim // method.num_subspaces
+        self.codebooks = nn.Parameter(torch.randn(method.num_subspaces, self.num_centroids, width, generator=draws) * 0.01)
+        codes = torch.randint(self.num_centroids, (num_embeddings, method.num_subspaces), dtype=torch.int32, generator=draws)
+        self.register_buffer("packed_codes", pack(codes, self.num_bits))
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
+        self.check_weight(weight)
+        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
+        generator = torch.Generator().manual_seed(self.seed)
+        rows, sample_weights = sample_rows(weights, self.num_centroids, generator=generator)
+        sample = self._split(weight[rows.to(weight.device)].float())
+        starts = [kmeans(part, self.num_centroids, weights=sample_weights, generator=generator) for part in sample]
+        self.codebooks.copy_(self._encode_all(weight, weights, torch.stack(starts)))
+        return self
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        num_subspaces, num_centroids, width = self.codebooks.shape
+        codes = unpack_rows(self.packed_codes, ids, num_subspaces, self.num_bits)
+        first_rows = torch.arange(0, num_subspaces * num_centroids, num_centroids, device=ids.device)
+        return F.embedding(codes + first_rows, self.codebooks.view(-1, width)).flatten(1)  # (N, M, D / M) -> (N, D)
+
+    def codes(self) -> Tensor:
+        """The centroid of each part of each row: (V, M) int64."""
+        return unpack_rows(self.packed_codes, torch.arange(self.num_embeddings, device=self.packed_codes.device), len(self.codebooks), self.num_bits)
+
+    def set_codes(self, codes: Tensor, *, start: int = 0) -> None:
+        """Stores (N, M) integer codes in [0, K) of the rows from `start`, a multiple of 8, on; N too, unless they are the last rows."""
+        pack_rows_(self.packed_codes, codes.to(self.packed_codes.device), start, self.num_bits)
+
+    def _split(self, rows: Tensor) -> list[Tensor]:
+        """Parts of rows: (N, D) -> M of (N, D / M)."""
+        return [part.contiguous() for part in rows.chunk(self.method.num_subspaces, dim=1)]
+
+    def _encode_all(self, weight: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
+        """Stores the code of every row and returns the centroids moved to the means of their rows: (M, K, D / M) -> the same shape."""
+        means = [ClusterMeans(start) for start in centroids]
+        for start, rows in self.row_chunks(weight):
+            chunk_weights = weights[start : start + len(rows)].to(rows.device)
+            codes = []
+            for subspace, part in enumerate(self._split(rows)):
+                codes.append(nearest(part, centroids[subspace])[0])
+                means[subspace].add(part, codes[subspace], chunk_weights)
+            self.set_codes(torch.stack(codes, dim=1), start=start)
+        return torch.stack([mean.value() for mean in means])
+
+
+def used_centroids(method: Method, num_centroids: int, num_embeddings: int) -> int:
+    """Centroids that a table can use: no more than it has rows.
+
+    Raises:
+        ValueError: `num_centroids` is not between 2 and 65536.
+    """
+    if not 2 <= num_centroids <= 2**MAX_BITS:
+        raise ValueError(f"{type(method).__name__} has num_centroids={num_centroids}. Choose 2 to {2**MAX_BITS}; a power of two wastes no bits.")
+    return min(num_centroids, num_embeddings)
+
+
+def code_bits(num_centroids: int) -> int:
+    """Bits of one stored code: ceil(log2 K), at least 1."""
+    return max(1, (num_centroids - 1).bit_length())
+
+
+def centroid_choices(num_embeddings: int) -> list[int]:
+    """Powers of two that a budget tries, 4 to 4096, none more than the first that has a centroid for every row."""
+    return [2**bits for bits in range(2, 13) if bits == 2 or 2 ** (bits - 1) < num_embeddings]
+
+
+def coding_error(codes_per_row: int, num_centroids: int, num_embeddings: int, embedding_dim: int) -> float:
+    """Share of the variance that codes lose: Gaussian rate-distortion bound, times the share of rows beyond one per centroid."""
+    beyond = max(0.0, 1 - num_centroids / num_embeddings)
+    return beyond * num_centroids ** (-2 * codes_per_row / embedding_dim)

@@ -1,0 +1,80 @@
+"""Codes of 1 to 16 bits in one contiguous stream of bytes.
+
+Code m of row n takes the bits from (n * M + m) * num_bits on, lowest bit first. N rows of M codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHUNK_CODES = 2**20
+
+
+def packed_nbytes(num_rows: int, codes_per_row: int, num_bits: int) -> int:
+    """Bytes of a packed table of codes: only the last byte of all may have unused bits."""
+    return -(-num_rows * codes_per_row * num_bits // 8)
+
+
+def pack(codes: Tensor, num_bits: int) -> Tensor:
+    """Packed codes: (N, M) integers in [0, 2 ** num_bits) -> (packed_nbytes,) uint8 on the same device."""
+    num_rows, codes_per_row = codes.shape
+    packed = torch.zeros(packed_nbytes(num_rows, codes_per_row, num_bits), dtype=torch.uint8, device=codes.device)
+    pack_rows_(packed, codes, 0, num_bits)
+    return packed
+
+
+def pack_rows_(packed: Tensor, codes: Tensor, start: int, num_bits: int) -> None:
+    """Overwrites the rows of `packed` from `start` on, in place.
+
+    Args:
+        packed: (packed_nbytes,) uint8.
+        codes: (N, M) integers in [0, 2 ** num_bits).
+        start: First row, a multiple of 8 so that it begins at a byte. N is a multiple of 8 too, unless these are the last rows.
+        num_bits: Bits per code, 1 to 16.
+    """
+    assert start % 8 == 0, "a chunk begins at a whole byte"
+    codes_per_row = codes.shape[1]
+    chunk_rows = max(8, _CHUNK_CODES // max(codes_per_row, 1) // 8 * 8)
+    for chunk in codes.split(chunk_rows):
+        piece = _pack_chunk(chunk, num_bits)
+        offset = start * codes_per_row * num_bits // 8
+        packed[offset : offset + len(piece)] = piece
+        start += chunk_rows
+
+
+def unpack_rows(packed: Tensor, ids: Tensor, codes_per_row: int, num_bits: int) -> Tensor:
+    """Codes of some rows, without unpacking the others: (packed_nbytes,) uint8, (N,) int64 -> (N, M) int64."""
+    if 8 % num_bits == 0 and codes_per_row * num_bits % 8 == 0:
+        return _unpack_within_bytes(packed.view(-1, codes_per_row * num_bits // 8)[ids], num_bits)
+    if num_bits == 16:
+        low, high = packed.view(-1, codes_per_row, 2)[ids].long().unbind(-1)
+        return low | high << 8
+    return _unpack_across_bytes(packed, ids, codes_per_row, num_bits)
+
+
+def _pack_chunk(codes: Tensor, num_bits: int) -> Tensor:
+    """As `pack`, at one go."""
+    if num_bits == 8:
+        return codes.reshape(-1).to(torch.uint8)
+    flat = codes.reshape(-1, 1).int()
+    bits = (flat >> torch.arange(num_bits, dtype=torch.int32, device=codes.device) & 1).to(torch.uint8).flatten()
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(1, dtype=torch.uint8)
+
+
+def _unpack_within_bytes(rows: Tensor, num_bits: int) -> Tensor:
+    """(N, bytes per row) uint8 -> (N, M) int64, for codes of which a byte holds a whole number."""
+    if num_bits == 8:
+        return rows.long()
+    shifts = torch.arange(0, 8, num_bits, dtype=torch.uint8, device=rows.device)
+    return (rows.unsqueeze(-1) >> shifts & (1 << num_bits) - 1).flatten(1).long()
+
+
+def _unpack_across_bytes(packed: Tensor, ids: Tensor, codes_per_row: int, num_bits: int) -> Tensor:
+    """As `unpack_rows`, for any number of bits: the three bytes that may hold a code are read and the rest is masked."""
+    first_bits = (ids.unsqueeze(1) * codes_per_row + torch.arange(codes_per_row, device=ids.device)) * num_bits
+    first, last = first_bits >> 3, packed.numel() - 1
+    # A byte past the end holds no bit of the code, so the last one may stand in for it.
+    low, middle, high = (packed[(first + step).clamp(max=last)].long() for step in range(3))
+    return (low | middle << 8 | high << 16) >> (first_bits & 7) & (1 << num_bits) - 1
