@@ -1,0 +1,68 @@
+"""Parquet files as a source of raw rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from pyarrow import parquet
+
+from leanrec.data.source import SAMPLE_ROWS, BadRows, Chunk
+
+CHUNK_ROWS = 65_536
+
+
+class ParquetSource:
+    """Rows of Parquet files that have the same columns."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = tuple(paths)
+
+    def sample(self) -> pl.DataFrame:
+        """See `Source.sample`."""
+        with _open(self.paths[0]) as file:
+            for batch in _batches(file, self.paths[0], SAMPLE_ROWS):
+                return _frame(batch)
+        raise ValueError(f"{self.paths[0]}: no rows.")
+
+    def chunks(self, bad_rows: BadRows) -> Iterator[Chunk]:
+        """See `Source.chunks`; every row of a Parquet file has its columns, so none is refused here."""
+        names: list[str] | None = None
+        for path in self.paths:
+            with _open(path) as file:
+                names = names or file.schema_arrow.names
+                if file.schema_arrow.names != names:
+                    raise ValueError(f"{path}: columns {file.schema_arrow.names}, but {self.paths[0]} has {names}.")
+                start = 1
+                for batch in _batches(file, path, CHUNK_ROWS):
+                    yield Chunk(_frame(batch), path, np.arange(start, start + batch.num_rows), "row")
+                    start += batch.num_rows
+
+
+def _open(path: Path) -> parquet.ParquetFile:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty.")
+    try:
+        return parquet.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a whole Parquet file, truncated or of another format ({_line(error)}).") from None
+
+
+def _batches(file: parquet.ParquetFile, path: Path, rows: int) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from file.iter_batches(batch_size=rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged Parquet file ({_line(error)}).") from None
+
+
+def _frame(batch: pa.RecordBatch) -> pl.DataFrame:
+    frame = pl.from_arrow(batch)
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
