@@ -106,7 +106,7 @@ class PQTable(Table):
 
     def _split(self, rows: Tensor) -> list[Tensor]:
         """Parts of rows: (N, D) -> M of (N, D / M)."""
-        return [part.contiguous() for part in rows.chunk(self.method.num_subspaces, dim=1)]
+        return list(rows.chunk(self.method.num_subspaces, dim=1))
 
     def _encode_all(self, weight: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
         """Stores the code of every row and returns the centroids moved to the means of their rows: (M, K, D / M) -> the same shape."""
@@ -115,7 +115,7 @@ class PQTable(Table):
             chunk_weights = weights[start : start + len(rows)].to(rows.device)
             codes = []
             for subspace, part in enumerate(self._split(rows)):
-                codes.append(nearest(part, centroids[subspace])[0])
+                codes.append(nearest(part, centroids[subspace]))
                 means[subspace].add(part, codes[subspace], chunk_weights)
             self.set_codes(torch.stack(codes, dim=1), start=start)
         return torch.stack([mean.value() for mean in means])
