@@ -133,7 +133,7 @@ def combine_seeds(differences: Sequence[float], standard_errors: Sequence[float]
 
     With B the variance of the differences over S seeds and W the mean squared standard error, the mean has variance B / S + W: all seeds are
     tested on the same rows, so more seeds average out the seeds' part but not the rows'. This errs on the wide side, because B holds
-    some of the rows' noise too. The interval is Student's with (S - 1) (1 + W / (B / S))^2 degrees of freedom (Satterthwaite, Biometrics 1946).
+    some of the rows' noise too. The interval is Student's with (S - 1) (1 + W / (B / S))^2 degrees of freedom (Satterthwaite 1946).
 
     Args:
         differences: One per seed, at least two.
