@@ -44,8 +44,8 @@ class FieldEmbedding(nn.Module):
             _check_table(field, schema)
         self.fields = schema.fields
         vocabularies = schema.vocabularies
-        self._vocabulary_keys = _module_names(list(vocabularies))
-        self._numeric_keys = _module_names([field.name for field in schema.fields if field.kind == "numeric"])
+        self._vocabulary_keys = module_names(list(vocabularies))
+        self._numeric_keys = module_names([field.name for field in schema.fields if field.kind == "numeric"])
         self.tables = nn.ModuleDict({self._vocabulary_keys[name]: _table(size, embedding_dim, embedding_std) for name, size in vocabularies.items()})
         self.numeric = nn.ModuleDict({key: NumericVectors(embedding_dim, embedding_std=embedding_std) for key in self._numeric_keys.values()})
 
@@ -175,7 +175,12 @@ def _check_table(field: Field, schema: Schema) -> None:
         )
 
 
-def _module_names(names: list[str]) -> dict[str, str]:
+def module_names(names: list[str]) -> dict[str, str]:
+    """Name -> what `nn.ModuleDict` can call it: "." becomes "_", and a name that it keeps for itself ends in one more "_".
+
+    Raises:
+        ValueError: Two names become the same.
+    """
     reserved = nn.ModuleDict()
     keys: dict[str, str] = {}
     for name in names:

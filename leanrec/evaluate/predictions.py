@@ -1,4 +1,4 @@
-"""`leanrec evaluate`: the quality of a model's predictions, per popularity of the item too, and its difference to another model's."""
+"""The quality of a model's predictions, per popularity of the item too, and its difference to another model's."""
 
 from __future__ import annotations
 
@@ -66,6 +66,12 @@ class Evaluation:
         """The same as JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
+        """What `to_dict` gave."""
+        buckets = values["buckets"] and {name: Bucket(**bucket) for name, bucket in values["buckets"].items()}
+        return cls(**{**values, "buckets": buckets})
+
     def __str__(self) -> str:
         metrics = [[title, _cell(getattr(self, name))] for name, title in TITLES.items()]
         interval = [f"{100 * self.confidence:.4g}% interval of AUC", f"{self.auc_low:.5f} to {self.auc_high:.5f}"]
@@ -102,6 +108,12 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
+        """What `to_dict` gave."""
+        differences: dict[str, Any] = {name: Difference(**value) if isinstance(value, dict) else value for name, value in values.items()}
+        return cls(**differences)
 
     def __str__(self) -> str:
         header = ["model - baseline", "difference", f"{100 * self.confidence:.4g}% interval", "p"]

@@ -1,0 +1,105 @@
+"""What a benchmark runs: small TOML files, differences from defaults only."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from leanrec.methods import parse
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FULL, SMALL_DIM = "Full", "SmallDim"
+PLAIN = (FULL, SMALL_DIM, "Scalar")
+"""Families that a compressor has to beat: what anybody can do without it."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A TOML file: one log and all that is done with it; every combination is one run with one result.
+
+    Attributes:
+        name: The file's name without its ending.
+        dataset: Folder of a log with splits, below the folder of the logs.
+        backbones: Reference models.
+        embedding_dim: Of the full model.
+        seeds: Of initial weights, order of rows, fit and tuning.
+        methods: Text forms whose settings are chosen for each of `ratios`.
+        ratios: Bytes of all tables before / after.
+        settings: Text forms that are taken as they stand.
+        small_dims: Embedding dimensions of plain smaller models.
+        model, train, tuning: Differences from the defaults. `tuning = false` compresses without fine-tuning.
+    """
+
+    name: str
+    dataset: str
+    backbones: tuple[str, ...] = ("deepfm",)
+    embedding_dim: int = 32
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: tuple[str, ...] = ()
+    ratios: tuple[float, ...] = ()
+    settings: tuple[str, ...] = ()
+    small_dims: tuple[int, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] | bool = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Experiment:
+        """Read a TOML file.
+
+        Raises:
+            ValueError: It is missing, no TOML, or has a key that no experiment has.
+        """
+        try:
+            raw = tomllib.loads(path.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"{path}: cannot be read as an experiment ({error}).") from None
+        known = {entry.name for entry in fields(cls)} - {"name"}
+        unknown = sorted(raw.keys() - known)
+        if unknown or "dataset" not in raw:
+            raise ValueError(f"{path}: unknown keys {unknown} or no dataset. An experiment has {sorted(known)}.")
+        settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+        return cls(name=path.stem, **settings)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method at one size on one model of one seed. `ratio` is None where the settings are taken as they stand."""
+
+    experiment: Experiment
+    backbone: str
+    family: str
+    method: str
+    embedding_dim: int
+    seed: int
+    ratio: float | None = None
+
+    @property
+    def file_name(self) -> str:
+        """Name of its result: readable, and one for each cell."""
+        size = f"-{self.ratio:g}x" if self.ratio is not None else ""
+        method = re.sub(r"[^A-Za-z0-9.=]+", "-", self.method).strip("-")
+        return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
+
+
+def cells(experiment: Experiment) -> Iterator[Cell]:
+    """All runs of an experiment."""
+    for backbone in experiment.backbones:
+        for seed in experiment.seeds:
+            full = Cell(experiment, backbone, FULL, "Full()", experiment.embedding_dim, seed)
+            yield full
+            for dim in experiment.small_dims:
+                yield replace(full, family=SMALL_DIM, method=f"SmallDim(embedding_dim={dim})", embedding_dim=dim)
+            for text in experiment.settings:
+                yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)))
+            for text in experiment.methods:
+                for ratio in experiment.ratios:
+                    yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio)

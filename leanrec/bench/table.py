@@ -1,0 +1,148 @@
+"""Results -> `README.md` and pictures. Nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from leanrec.bench.experiment import FULL
+from leanrec.bench.run import read_results
+from leanrec.ops.intervals import combine_seeds
+
+Result = Mapping[str, Any]
+
+HEADER = """# Benchmarks
+
+Made by `leanrec bench --table` from the files under `results/`, one per run, which hold settings, seeds, versions and machine; a test
+fails when this page is not what they say. To repeat a suite: `leanrec bench benchmarks/experiments/SUITE/*.toml`.
+
+- **AUC difference**: to the uncompressed model of the same seed on the same test rows; mean over seeds, with the 95% interval over seeds
+  and rows (DeLong within a seed, between-seed variance on top).
+- **tables**: bytes of all embedding tables as stored, codes, code books and scales counted; **ratio**: float32 bytes of the tables of the
+  full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
+- **fit, tune**: seconds on one core. Settings are chosen on validation data; the test split is read once per run.
+"""
+
+
+def write_readme(folder: Path) -> Path:
+    """Write `folder/README.md` from the results below `folder/results`."""
+    path = folder / "README.md"
+    path.write_text(readme(folder))
+    return path
+
+
+def readme(folder: Path) -> str:
+    """What `README.md` has to say."""
+    parts = [HEADER]
+    for suite in sorted(path for path in (folder / "results").iterdir() if path.is_dir()):
+        parts += [f"## {suite.name}\n", *(_experiment(group, folder, suite.name) for group in _grouped(read_results(suite), _experiment_key))]
+    return "\n".join(parts)
+
+
+def write_plots(folder: Path) -> list[Path]:
+    """Write one picture per experiment and backbone: AUC over bytes of the tables, one line per method.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    suites = sorted(path for path in (folder / "results").iterdir() if path.is_dir())
+    groups = [(suite.name, group) for suite in suites for group in _grouped(read_results(suite), _experiment_key)]
+    return [_plot(group, folder / _picture(suite, group)) for suite, group in groups if len(_grouped(group, _method_key)) > 1]
+
+
+def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
+    """A heading and a table, the full model first, then by family and falling size."""
+    run, seeds = results[0]["run"], sorted({result["run"]["seed"] for result in results})
+    full = [result for result in results if result["run"]["family"] == FULL]
+    title = f"### {run['experiment']}: {run['backbone']} on {run['dataset']}\n"
+    about = (
+        f"Embedding dimension {full[0]['run']['embedding_dim']}; tables {full[0]['size']['tables_full']:,} bytes, vocabulary "
+        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seeds; {results[0]['machine']}.\n"
+    )
+    columns = ["method", "AUC", "AUC difference [95%]", "log loss", "tables (bytes)", "ratio", "model (bytes)", "fit (s)", "tune (s)"]
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+    groups = sorted(_grouped(results, _method_key), key=lambda group: (_order(group[0]), -_mean(group, "size", "tables")))
+    picture = _picture(suite, results)
+    image = f"\n![AUC over bytes]({picture})\n" if (folder / picture).exists() else ""
+    return "\n".join([title, about, head, *(_row(group) for group in groups), image])
+
+
+def _row(results: Sequence[Result]) -> str:
+    """One method at one size, over its seeds."""
+    run, size = results[0]["run"], _mean(results, "size", "tables")
+    name = run["method"] + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "")
+    aucs = [result["quality"]["auc"] for result in results]
+    spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
+    cells = [
+        f"`{name}`",
+        f"{fmean(aucs):.4f}{spread}",
+        "" if run["family"] == FULL else _difference(results),
+        f"{_mean(results, 'quality', 'logloss'):.4f}",
+        f"{size:,.0f}",
+        f"{_mean(results, 'size', 'tables_full') / size:.1f}",
+        f"{_mean(results, 'size', 'model'):,.0f}",
+        f"{_mean(results, 'seconds', 'fit'):.1f}",
+        f"{_mean(results, 'seconds', 'tune'):.1f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _difference(results: Sequence[Result]) -> str:
+    """Mean AUC difference over seeds and its interval."""
+    differences = [result["quality"]["auc_diff"] for result in results]
+    errors = [(result["quality"]["auc_diff_high"] - result["quality"]["auc_diff_low"]) / 2 / 1.959964 for result in results]
+    interval = combine_seeds(differences, errors)
+    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+
+
+def _plot(results: Sequence[Result], path: Path) -> Path:
+    """AUC over bytes of the tables (log scale), mean over seeds with their spread."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for family, members in groupby(sorted(results, key=_order), key=lambda result: result["run"]["family"]):
+        groups = sorted(_grouped(list(members), _method_key), key=lambda group: _mean(group, "size", "tables"))
+        sizes = [_mean(group, "size", "tables") for group in groups]
+        means = [_mean(group, "quality", "auc") for group in groups]
+        if family == FULL:
+            axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label=f"full model, {sizes[0]:,.0f} bytes")
+            continue
+        spreads = [stdev(result["quality"]["auc"] for result in group) if len(group) > 1 else 0.0 for group in groups]
+        axes.errorbar(sizes, means, yerr=spreads, marker="o", capsize=2, label=family)
+    run = results[0]["run"]
+    axes.set(xscale="log", xlabel="bytes of all embedding tables, as stored", ylabel="test AUC", title=f"{run['backbone']} on {run['dataset']}")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _picture(suite: str, results: Sequence[Result]) -> str:
+    run = results[0]["run"]
+    return f"pictures/{suite}-{run['experiment']}-{run['backbone']}.png"
+
+
+def _grouped(results: Iterable[Result], key: Any) -> list[list[Result]]:
+    """Results that share a key, keys in order."""
+    return [list(group) for _, group in groupby(sorted(results, key=key), key=key)]
+
+
+def _experiment_key(result: Result) -> tuple[str, str]:
+    return result["run"]["experiment"], result["run"]["backbone"]
+
+
+def _method_key(result: Result) -> tuple[str, float, int]:
+    return result["run"]["method"], result["run"]["ratio"] or 0.0, result["run"]["embedding_dim"]
+
+
+def _order(result: Result) -> tuple[bool, str]:
+    """The full model first, then families by name."""
+    return result["run"]["family"] != FULL, result["run"]["family"]
+
+
+def _mean(results: Sequence[Result], part: str, key: str) -> float:
+    return fmean(result[part][key] for result in results)

@@ -1,0 +1,110 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanrec.data.loader import Loader
+from leanrec.methods.base import Table
+from leanrec.train.settings import TrainSettings
+from leanrec.train.state import Progress, State
+
+
+def train(
+    model: nn.Module,
+    loader: Loader,
+    validation: Loader,
+    settings: TrainSettings,
+    *,
+    checkpoint: Path | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Train a model on log loss, in place, to its best validation AUC.
+
+    Embedding tables with sparse gradients (`nn.Embedding(sparse=True)`) cost what a batch touches, whatever the table holds. A run that is
+    killed and called again with the same arguments and checkpoint goes on from there and ends with the same weights.
+
+    Args:
+        model: Takes a batch's features, gives logits (B,).
+        loader: Training rows; its seed should be `settings.seed`.
+        validation: Validation rows.
+        settings: How to train.
+        checkpoint: File for the state of the run, or None.
+        on_step: Called after every step.
+    """
+    state = State(model, settings)
+    with torch.random.fork_rng(devices=[]), _l2_of_lookups(model, settings.l2) as l2:
+        torch.manual_seed(settings.seed)
+        if checkpoint is not None and checkpoint.exists():
+            state.load(checkpoint)
+        elif settings.keep_initial:
+            state.evaluate(validation)
+        model.train()
+        while state.progress.epoch < settings.epochs and state.progress.failures < settings.patience:
+            _epoch(state, loader, validation, l2, checkpoint, on_step)
+    model.load_state_dict(state.best)
+    return state.progress
+
+
+def _epoch(
+    state: State,
+    loader: Loader,
+    validation: Loader,
+    l2: Callable[[], Tensor | float],
+    checkpoint: Path | None,
+    on_step: Callable[[Progress], None] | None,
+) -> None:
+    """The rest of the current epoch, or less if patience runs out."""
+    progress, settings = state.progress, state.settings
+    num_batches = loader.num_batches(epoch=progress.epoch)
+    due = {num_batches * (part + 1) // settings.evaluations_per_epoch for part in range(settings.evaluations_per_epoch)}
+    tables = [module for module in state.model.modules() if isinstance(module, Table)]
+    for batch in loader.batches(epoch=progress.epoch, start=progress.batch):
+        logits = state.model(batch.features)
+        loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
+        (loss + l2() / len(batch.labels) + sum(table.penalty() for table in tables)).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        for table in tables:
+            table.maintain(progress.step)
+        progress.batch, progress.step = progress.batch + 1, progress.step + 1
+        progress.loss_sum, progress.loss_steps = progress.loss_sum + loss.item(), progress.loss_steps + 1
+        if progress.batch in due:
+            state.evaluate(validation)
+        if on_step is not None:
+            on_step(progress)
+        if checkpoint is not None and (progress.batch in due or progress.step % settings.checkpoint_steps == 0):
+            state.save(checkpoint)
+        if progress.failures >= settings.patience:
+            return
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
+@contextmanager
+def _l2_of_lookups(model: nn.Module, l2: float) -> Iterator[Callable[[], Tensor | float]]:
+    """A function that gives l2 times the summed squares of all embeddings looked up since it was last called."""
+    squares: list[Tensor] = []
+
+    def add(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module.training:
+            squares.append(output.square().sum())
+
+    def take() -> Tensor | float:
+        total = l2 * torch.stack(squares).sum() if squares else 0.0
+        squares.clear()
+        return total
+
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag | Table)]
+    hooks = [module.register_forward_hook(add) for module in modules] if l2 else []
+    try:
+        yield take
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from leanrec import runs
+from leanrec.data.loader import Loader
+from leanrec.methods.base import Table
+from leanrec.ops.metrics import auc, log_loss
+from leanrec.recommender import predict
+from leanrec.train.row_adam import RowAdam
+from leanrec.train.settings import TrainSettings
+
+
+@dataclass
+class Progress:
+    """Where training stands; `history` has one entry per evaluation: epoch, step, loss, auc, logloss."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_auc: float = float("-inf")
+    failures: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class State:
+    """Everything that decides how training goes on, and its file."""
+
+    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
+        self.model, self.settings, self.progress = model, settings, Progress()
+        self.optimizer = RowAdam(_parameter_groups(model, settings))
+        self.best: dict[str, Tensor] = {}
+
+    def evaluate(self, validation: Loader) -> None:
+        """Take the validation AUC; remember the weights if it is the best so far."""
+        progress = self.progress
+        labels, logits = predict(self.model, validation)
+        value = auc(labels, logits)
+        loss = progress.loss_sum / max(progress.loss_steps, 1)
+        progress.history.append({"epoch": progress.epoch, "step": progress.step, "loss": loss, "auc": value, "logloss": log_loss(labels, logits)})
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        if value > progress.best_auc:
+            progress.best_auc, progress.failures = value, 0
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            return
+        progress.failures += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.settings.learning_rate_decay
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint: at once and whole, no pickle."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"optimizer/{index}/{key}": value for index, values in optimizer["state"].items() for key, value in values.items()}
+        tensors["random"] = torch.get_rng_state()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(_unshared(tensors), temporary, metadata={"progress": json.dumps(asdict(self.progress)), "rates": json.dumps(rates)})
+        runs.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        self.progress = Progress(**json.loads(metadata["progress"]))
+        self.model.load_state_dict({name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")})
+        self.best = {name.removeprefix("best/"): tensor for name, tensor in tensors.items() if name.startswith("best/")}
+        optimizer: dict[str, Any] = self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                optimizer["state"].setdefault(int(index), {})[key] = tensor
+        for group, rate in zip(optimizer["param_groups"], json.loads(metadata["rates"]), strict=True):
+            group["lr"] = rate
+        self.optimizer.load_state_dict(optimizer)
+        torch.set_rng_state(tensors["random"])
+
+
+def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Parameters of embedding tables, and all others, each with its learning rate."""
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag | Table)]
+    in_tables = {parameter for module in modules for parameter in module.parameters()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter not in in_tables], "lr": settings.learning_rate},
+        {"params": [parameter for parameter in parameters if parameter in in_tables], "lr": settings.table_learning_rate or settings.learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those that share memory with an earlier one copied: the file format stores each name by itself."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        own[name] = (tensor.clone() if tensor.data_ptr() in seen else tensor).contiguous()
+        seen.add(tensor.data_ptr())
+    return own

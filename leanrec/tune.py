@@ -1,0 +1,121 @@
+"""`leanrec compress`: the tables of a trained run made small, and the rest of it fitted to them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from leanrec import runs, storage
+from leanrec.budget import fit_budget
+from leanrec.compress import compress
+from leanrec.data.loader import Loader
+from leanrec.data.vocabulary import vocabulary_nbytes
+from leanrec.embeddings import tables, unpooled
+from leanrec.methods import Method, parse
+from leanrec.methods.base import Table
+from leanrec.ops.metrics import auc, log_loss
+from leanrec.recommender import PREDICT_BATCH, Recommender, describe, open_run, predict, table_counts
+from leanrec.report import Report, report
+from leanrec.train import Progress, TrainSettings, train_recommender
+from leanrec.train.run import CHECKPOINT_FILE
+
+FITTED_FILE = "fitted.safetensors"
+
+TUNING = TrainSettings(epochs=2, learning_rate=1e-4, evaluations_per_epoch=4, patience=4, keep_initial=True)
+"""Careful by default: small steps, looked at often, and the model stays as it was unless validation prefers the tuned one."""
+
+
+def compress_run(
+    run: Path,
+    out: Path,
+    *,
+    method: str | Mapping[str, str | None] = "MEC()",
+    ratio: float | None = None,
+    nbytes: int | None = None,
+    tuning: TrainSettings | None = TUNING,
+    seed: int = 0,
+    on_table: Callable[[str, int, int], None] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """The record of a run with its tables compressed and, unless `tuning` is None, fine-tuned with the click loss.
+
+    The weights that are kept are the best on the validation split, those before the first step of tuning among them. A killed run goes on
+    where it was, and a finished one is not repeated.
+
+    Args:
+        run: Run folder that `leanrec train` or `leanrec compress` wrote.
+        out: Run folder to write.
+        method: Text form of one method for all tables, or glob on the tables' paths -> text form; None leaves a table alone.
+        ratio: Bytes of all tables before / after, reached by choosing the method's settings for each table; or
+        nbytes: bytes of all tables after. With neither, the method is taken as it stands.
+        tuning: How to fine-tune.
+        seed: Source of the random draws of fit and tuning.
+        on_table: Called with (table, tables done, tables in all).
+        on_step: Called after every step of tuning.
+
+    Raises:
+        ValueError: The run cannot be opened, a method does not fit, the budget is out of reach, or `out` holds something else.
+    """
+    arguments = {"run": run, "method": method, "ratio": ratio, "nbytes": nbytes, "tuning": tuning and asdict(tuning), "seed": seed}
+    if runs.is_finished(out, command="compress", settings=arguments):
+        return runs.load(out)
+    recommender, parsed = open_run(run), parse(method) if isinstance(method, str) else {glob: text and parse(text) for glob, text in method.items()}
+    with runs.create(out, command="compress", settings=arguments, resumable=True) as current:
+        fitted = current.folder / FITTED_FILE
+        if fitted.exists():
+            recommender.model = storage.load(recommender.model, fitted)
+        else:
+            fit(recommender, parsed, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
+            storage.save(recommender.model, fitted)
+        sizes = size_report(recommender)
+        progress = None
+        if tuning is not None:
+            settings, checkpoint = replace(tuning, seed=seed, keep_initial=True), current.folder / CHECKPOINT_FILE
+            progress = train_recommender(recommender, settings, checkpoint=checkpoint, on_step=on_step)
+            checkpoint.unlink()
+        recommender.save(current.folder)
+        fitted.unlink()
+        current.results.update(
+            recommender=describe(recommender), methods=methods_of(recommender), report=sizes.to_dict(), **_quality(recommender, progress)
+        )
+    return runs.load(out)
+
+
+def fit(
+    recommender: Recommender,
+    method: Method | Mapping[str, Method | None],
+    *,
+    ratio: float | None = None,
+    nbytes: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Compress the tables of a recommender, in place, with the counts of its log; for the arguments see `compress_run`."""
+    counts = table_counts(recommender)
+    if ratio is not None or nbytes is not None:
+        if not isinstance(method, Method):
+            raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
+        method = fit_budget(recommender.model, method, ratio=ratio, nbytes=nbytes, counts=counts)
+    plan = method if isinstance(method, Method) else dict(method)
+    recommender.model = compress(recommender.model, plan, counts=counts, seed=seed, progress=progress)
+
+
+def size_report(recommender: Recommender) -> Report:
+    """Bytes and error of a recommender's tables, the vocabulary of its log included."""
+    return report(recommender.model, vocabulary_nbytes=vocabulary_nbytes(recommender.data))
+
+
+def methods_of(recommender: Recommender) -> dict[str, str | None]:
+    """Path of each table -> text form of its method, None where the table is as it was."""
+    found = {path: unpooled(module) for path, module in tables(recommender.model).items()}
+    return {path: repr(table.method) if isinstance(table, Table) else None for path, table in found.items()}
+
+
+def _quality(recommender: Recommender, progress: Progress | None) -> dict[str, Any]:
+    """Validation quality of what is kept, and of what there was before tuning."""
+    labels, logits = predict(recommender.model, Loader(recommender.data, "valid", recommender.schema, batch_size=PREDICT_BATCH))
+    value = auc(labels, logits)
+    valid = {"auc": value, "logloss": log_loss(labels, logits), "auc_untuned": progress.history[0]["auc"] if progress else value}
+    return {"valid": valid, "tuning": {"steps": progress.step, "history": progress.history} if progress else None}

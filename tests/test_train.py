@@ -1,0 +1,264 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from leanrec import runs
+from leanrec.compress import compress
+from leanrec.data.loader import Loader
+from leanrec.methods import PQ
+from leanrec.ops.metrics import auc
+from leanrec.recommender import build, open_run, predict
+from leanrec.train import RowAdam, TrainSettings, train, train_recommender, train_run
+
+FAST = TrainSettings(epochs=4, batch_size=256, learning_rate=3e-3, table_learning_rate=3e-2, patience=4)
+MODEL = {"embedding_dim": 8, "hidden_units": [16], "dropout": 0.2}
+
+
+def loaders(folder, schema, settings=FAST):
+    train_rows = Loader(folder, "train", schema, batch_size=settings.batch_size, seed=settings.seed, buffer_rows=2000)
+    return train_rows, Loader(folder, "valid", schema, batch_size=1000)
+
+
+def same_weights(first: nn.Module, second: nn.Module) -> bool:
+    states = first.state_dict(), second.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def random_steps(optimizer_of, *, sparse, num_steps=5):
+    """Weights of a 50 x 4 table after a few steps on random look-ups of the first 20 rows."""
+    draw = torch.Generator().manual_seed(0)
+    table = nn.Embedding(50, 4, sparse=sparse, _weight=torch.randn(50, 4, generator=draw))
+    optimizer = optimizer_of(table.parameters())
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        table(torch.randint(20, (30,), generator=draw)).pow(3).sum().backward()
+        optimizer.step()
+    return table.weight.detach()
+
+
+def test_row_adam_agrees_with_torch_on_sparse_and_on_dense_gradients():
+    sparse = random_steps(lambda parameters: torch.optim.SparseAdam(list(parameters), lr=0.1), sparse=True)
+    assert torch.allclose(random_steps(lambda parameters: RowAdam(parameters, lr=0.1), sparse=True), sparse, atol=1e-6)
+    dense = random_steps(lambda parameters: torch.optim.Adam(parameters, lr=0.1), sparse=False)
+    assert torch.allclose(random_steps(lambda parameters: RowAdam(parameters, lr=0.1), sparse=False), dense, atol=1e-6)
+
+
+def test_a_step_leaves_rows_outside_the_batch_alone():
+    table = nn.Embedding(50, 4, sparse=True)
+    optimizer = RowAdam(table.parameters(), lr=0.1)
+    for ids in ([1, 2], [2, 3]):
+        before = table.weight.detach().clone()
+        table(torch.tensor(ids)).sum().backward()
+        optimizer.step()
+        assert (table.weight != before).any(1).nonzero().flatten().tolist() == ids
+    assert (optimizer.state[table.weight]["exp_avg"] != 0).any(1).nonzero().flatten().tolist() == [1, 2, 3]
+
+
+def test_training_finds_the_planted_effects_and_keeps_the_best_weights(small_log):
+    recommender = build(small_log, "deepfm", MODEL, seed=0)
+    progress = train_recommender(recommender, FAST)
+    assert progress.best_auc > 0.7
+    assert progress.best_auc == max(entry["auc"] for entry in progress.history)
+    labels, logits = predict(recommender.model, Loader(small_log, "valid", recommender.schema, batch_size=500))
+    assert auc(labels, logits) == pytest.approx(progress.best_auc, abs=1e-12)
+
+
+def test_training_stops_when_patience_is_out_and_lowers_the_learning_rate(small_log):
+    recommender = build(small_log, "deepfm", {**MODEL, "dropout": 0.0}, seed=0)
+    rates = []
+
+    def stop_learning(progress):
+        rates.append(progress.failures)
+
+    settings = TrainSettings(epochs=50, batch_size=256, table_learning_rate=0.1, evaluations_per_epoch=2, patience=2, learning_rate_decay=0.1)
+    progress = train(recommender.model, *loaders(small_log, recommender.schema, settings), settings, on_step=stop_learning)
+    assert progress.failures == 2
+    assert progress.epoch < 49
+    best = max(range(len(progress.history)), key=lambda index: progress.history[index]["auc"])
+    assert best == len(progress.history) - 1 - 2
+    assert [entry["step"] for entry in progress.history[:4]] == [12, 24, 36, 48]
+
+
+def test_tuning_never_ends_below_where_it_began(small_log):
+    recommender = build(small_log, "deepfm", MODEL, seed=0)
+    train_recommender(recommender, FAST)
+    before = {name: tensor.clone() for name, tensor in recommender.model.state_dict().items()}
+    harmful = TrainSettings(epochs=1, batch_size=256, learning_rate=10.0, patience=1, keep_initial=True)
+    progress = train_recommender(recommender, harmful)
+    assert len(progress.history) == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in recommender.model.state_dict().items())
+
+
+def test_l2_is_the_squared_norm_of_the_looked_up_rows_per_row_of_the_batch(small_log):
+    """One step of plain gradient descent by hand against the loop, with an optimizer whose first step is the sign of the gradient."""
+    recommender = build(small_log, "lr", {}, seed=0)
+    settings = TrainSettings(epochs=1, batch_size=6000, l2=0.3, learning_rate=1e-3)
+    loader, validation = loaders(small_log, recommender.schema, settings)
+    reference = build(small_log, "lr", {}, seed=0).model
+    batch = next(loader.batches())
+    looked_up = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, rows: looked_up.append(rows)) for module in reference.modules() if isinstance(module, nn.Embedding)
+    ]
+    loss = F.binary_cross_entropy_with_logits(reference(batch.features), batch.labels)
+    (loss + 0.3 * sum(rows.pow(2).sum() for rows in looked_up) / len(batch.labels)).backward()
+    for hook in hooks:
+        hook.remove()
+    expected = {name: parameter.grad.to_dense() for name, parameter in reference.named_parameters()}
+
+    seen = {}
+
+    class Recording(RowAdam):
+        def step(self, closure=None):
+            seen.update({name: parameter.grad.to_dense().clone() for name, parameter in recommender.model.named_parameters() if not seen.get(name)})
+            super().step()
+
+    import leanrec.train.state as state
+
+    original, state.RowAdam = state.RowAdam, Recording
+    try:
+        train(recommender.model, Loader(small_log, "train", recommender.schema, batch_size=6000, seed=0, buffer_rows=2000), validation, settings)
+    finally:
+        state.RowAdam = original
+    assert expected.keys() == seen.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(seen[name], gradient, atol=1e-7), name
+
+
+def test_training_leaves_the_global_random_state_alone(small_log):
+    state = torch.get_rng_state()
+    recommender = build(small_log, "deepfm", MODEL, seed=0)
+    train_recommender(recommender, TrainSettings(epochs=1, batch_size=1000))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(small_log):
+    models = []
+    for seed in (0, 0, 1):
+        recommender = build(small_log, "deepfm", MODEL, seed=seed)
+        train_recommender(recommender, TrainSettings(epochs=1, batch_size=500, seed=seed))
+        models.append(recommender.model)
+    assert same_weights(models[0], models[1])
+    assert not same_weights(models[0], models[2])
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+def test_an_interrupted_training_goes_on_to_the_same_weights(small_log, tmp_path, steps):
+    settings = TrainSettings(**{**vars(FAST), "checkpoint_steps": 7, "l2": 1e-3})
+    undisturbed = build(small_log, "deepfm", MODEL, seed=0)
+    train(undisturbed.model, *loaders(small_log, undisturbed.schema, settings), settings)
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(progress):
+        if progress.step == 7 + steps:
+            raise Interrupted
+
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Interrupted):
+        first = build(small_log, "deepfm", MODEL, seed=0)
+        train(first.model, *loaders(small_log, first.schema, settings), settings, checkpoint=checkpoint, on_step=interrupt)
+    second = build(small_log, "deepfm", MODEL, seed=0)
+    seen = []
+    progress = train(
+        second.model, *loaders(small_log, second.schema, settings), settings, checkpoint=checkpoint, on_step=lambda step: seen.append(step.step)
+    )
+    assert seen[0] > 7
+    assert progress.step == 4 * 24
+    assert same_weights(second.model, undisturbed.model)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import torch
+from leanrec.train import TrainSettings, train_run
+torch.set_num_threads(1)
+settings = TrainSettings(epochs=3, batch_size=256, table_learning_rate=3e-2, checkpoint_steps=5)
+pause = float(sys.argv[3])
+train_run(Path(sys.argv[1]), Path(sys.argv[2]), model="deepfm", model_settings={"embedding_dim": 8, "hidden_units": [16], "dropout": 0.2},
+    settings=settings, on_step=lambda progress: time.sleep(pause))
+"""
+
+
+def test_a_run_killed_with_sigkill_and_given_again_ends_with_the_same_weights(small_log, tmp_path):
+    def command(out, pause):
+        return [sys.executable, "-c", SCRIPT, str(small_log), str(out), str(pause)]
+
+    subprocess.run(command(tmp_path / "undisturbed", 0), check=True)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command(killed, 0.05))
+    checkpoint = tmp_path / "killed.partial" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    with pytest.raises(ValueError, match="the run was interrupted; give the same command again"):
+        open_run(killed)
+    subprocess.run(command(killed, 0), check=True)
+    assert same_weights(open_run(killed).model, open_run(tmp_path / "undisturbed").model)
+    assert runs.load(killed)["history"] == runs.load(tmp_path / "undisturbed")["history"]
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(small_log, tmp_path):
+    settings, out = TrainSettings(epochs=1, batch_size=1000), tmp_path / "run"
+    steps = []
+    record = train_run(small_log, out, model="fm", model_settings={"embedding_dim": 4}, settings=settings, on_step=steps.append)
+    assert record["input"] == "small"
+    assert record["valid"]["auc"] == record["history"][-1]["auc"]
+    done = len(steps)
+    assert train_run(small_log, out, model="fm", model_settings={"embedding_dim": 4}, settings=settings, on_step=steps.append) == record
+    assert len(steps) == done > 0
+    with pytest.raises(ValueError, match=r"holds a run with other settings .model: 'fm' there, 'lr' now"):
+        train_run(small_log, out, model="lr", model_settings={"embedding_dim": 4}, settings=settings)
+
+
+def test_a_model_starts_from_the_tables_of_another_run(small_log, tmp_path):
+    settings = TrainSettings(epochs=1, batch_size=1000)
+    source = tmp_path / "source"
+    train_run(small_log, source, model="fm", model_settings={"embedding_dim": 8}, settings=settings)
+    tiny = TrainSettings(epochs=1, batch_size=6000, learning_rate=1e-12)
+    train_run(small_log, tmp_path / "target", model="deepfm", model_settings=MODEL, settings=tiny, tables=source)
+    given, taken = open_run(source).model, open_run(tmp_path / "target").model
+    ids = torch.arange(202)
+    assert torch.allclose(taken.get_submodule(path_of(taken, "user"))(ids), given.get_submodule(path_of(given, "user"))(ids), atol=1e-9)
+
+
+def path_of(model: nn.Module, name: str) -> str:
+    return next(path for path, _ in model.named_modules() if path.endswith(f"tables.{name}"))
+
+
+def test_codes_stay_frozen_and_code_books_move_in_tuning(small_log):
+    recommender = build(small_log, "deepfm", MODEL, seed=0)
+    compress(recommender.model, {"*.user": PQ(num_subspaces=2, num_centroids=16)})
+    table = recommender.model.get_submodule(path_of(recommender.model, "user"))
+    before = {name: tensor.clone() for name, tensor in table.state_dict().items()}
+    train_recommender(recommender, FAST)
+    after = table.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {name for name, _ in table.named_parameters()}
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="patience=0 must be at least 1"):
+        TrainSettings(patience=0)
+
+
+@pytest.mark.slow
+def test_frappe_trains_to_a_good_auc_within_three_epochs(data_dir, tmp_path):
+    from leanrec.data.prepare import prepare
+
+    prepare([data_dir / "frappe"], tmp_path / "frappe")
+    settings = TrainSettings(epochs=3, table_learning_rate=1e-2, l2=0.01)
+    record = train_run(Path(tmp_path / "frappe"), tmp_path / "run", model="deepfm", model_settings={"embedding_dim": 10}, settings=settings)
+    assert record["valid"]["auc"] > 0.93  # DeepFM on this split: .9325, .9368, .9427 after one, two and three epochs
