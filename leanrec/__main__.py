@@ -1,0 +1,3 @@
+from leanrec.cli import main
+
+main()

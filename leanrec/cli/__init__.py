@@ -1,0 +1,3 @@
+from leanrec.cli.entry import main, run
+
+__all__ = ["main", "run"]
