@@ -1,0 +1,145 @@
+"""Settings per table for a number of bytes: marginal analysis over each table's lower convex hull of error against bytes."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from leanrec.compress import choose, group_counts
+from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, row_chunks, table_groups, tables, title
+from leanrec.methods.base import Method
+from leanrec.ops.variance import variance
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to keep a table: `method`, or None to leave it alone.
+
+    Attributes:
+        nbytes: Bytes of the table then.
+        loss: Expected squared error of a row that is looked up.
+    """
+
+    method: Method | None
+    nbytes: int
+    loss: float
+
+
+def fit_budget(
+    model: nn.Module,
+    method: Method | Mapping[str, Method | None],
+    *,
+    nbytes: int | None = None,
+    ratio: float | None = None,
+    counts: Mapping[str, Tensor] | None = None,
+) -> dict[str, Method | None]:
+    """Settings for each table with which all tables together fit into a number of bytes, for `compress`.
+
+    Each table takes one of the variants of its method or stays as it is. Chosen is what loses least in sum over the tables of
+    energy x expected error, where the energy of a table is the mean squared distance of its rows from their mean, each row weighted
+    by its count. Nothing is built or fitted for it. Steps along each table's lower convex hull are taken in the order of loss saved
+    per byte while they fit, which is where a Lagrange multiplier would lead; what is left over is then spent greedily.
+
+    Args:
+        model: Any module.
+        method: As in `compress`; its knob is what the budget sets. A table with None stays as it is, and its bytes count.
+        nbytes: Bytes of all tables afterwards, at most; or
+        ratio: fp32 bytes of all tables / bytes afterwards, at least.
+        counts: As in `compress`. Without counts, each row of a table weighs the same.
+
+    Returns:
+        Path of each table, glob characters escaped -> method, or None to leave it alone.
+
+    Raises:
+        ValueError: Neither or both of nbytes and ratio, a pattern without a table, counts that do not fit, or a budget that cannot be met.
+    """
+    chosen, groups = choose(model, method), table_groups(model)
+    full = sum(group_nbytes_full(group) for group in groups.values())
+    budget = _budget(full, nbytes, ratio)
+    row_counts = group_counts(groups, counts)
+    options = [_options(path, group, chosen[path], row_counts.get(path)) for path, group in groups.items()]
+    smallest = sum(min(option.nbytes for option in choices) for choices in options)
+    if smallest > budget:
+        raise ValueError(
+            f"The budget of {budget} bytes cannot be met: the smallest that {method} can do with these {len(groups)} tables is "
+            f"{smallest} bytes, a ratio of {full / smallest:.1f}."
+        )
+    picks = dict(zip(groups, spend(options, budget), strict=True))
+    owners = {path: first for first, group in groups.items() for path in group}
+    return {glob.escape(path): picks[owners[path]].method for path in tables(model)}
+
+
+def spend(options: Sequence[Sequence[Option]], nbytes: int) -> list[Option]:
+    """One option per table, within `nbytes` together, such that the sum of their losses is near its minimum.
+
+    No choice within the budget loses less by more than the largest single step along a hull saves.
+
+    Args:
+        options: Per table; the smallest of all tables fit into `nbytes`.
+        nbytes: The budget.
+    """
+    hulls = [lower_hull(choices) for choices in options]
+    picks = [hull[0] for hull in hulls]
+    left = nbytes - sum(pick.nbytes for pick in picks)
+    steps = [(_saving(low, high), table, low, high) for table, hull in enumerate(hulls) for low, high in pairwise(hull)]
+    for _, table, low, high in sorted(steps, key=lambda step: -step[0]):
+        if picks[table] is low and high.nbytes - low.nbytes <= left:
+            picks[table] = high
+            left -= high.nbytes - low.nbytes
+    while upgrades := [
+        (_saving(picks[table], option), table, option)
+        for table, choices in enumerate(options)
+        for option in choices
+        if option.loss < picks[table].loss and option.nbytes - picks[table].nbytes <= left
+    ]:
+        _, table, option = max(upgrades, key=lambda upgrade: upgrade[:2])
+        left -= option.nbytes - picks[table].nbytes
+        picks[table] = option
+    return picks
+
+
+def lower_hull(options: Sequence[Option]) -> list[Option]:
+    """The options on the lower convex hull of loss over bytes: bytes rise, loss falls, and each step saves less per byte than the last."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.nbytes, option.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _saving(hull[-2], hull[-1]) <= _saving(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _saving(low: Option, high: Option) -> float:
+    """Loss saved per byte."""
+    return (low.loss - high.loss) / (high.nbytes - low.nbytes) if high.nbytes > low.nbytes else math.inf
+
+
+def _budget(full: int, nbytes: int | None, ratio: float | None) -> int:
+    if (nbytes is None) == (ratio is None):
+        raise ValueError(f"Give one of nbytes and ratio, not nbytes={nbytes} and ratio={ratio}.")
+    if ratio is None:
+        return nbytes or 0
+    if not ratio > 0:
+        raise ValueError(f"ratio={ratio} must be more than 0, such as 50 for tables 50 times smaller.")
+    return math.floor(full / ratio)
+
+
+def _options(path: str, group: Group, method: Method | None, counts: Tensor | None) -> list[Option]:
+    """What can be done with a table; leaving it alone is the last."""
+    module = next(iter(group.values()))
+    alone = Option(None, group_nbytes(group), 0.0)
+    if method is None:
+        return [alone]
+    size = (module.num_embeddings, module.embedding_dim)
+    energy = variance(row_chunks(module), counts)
+    try:
+        variants = [Option(variant, variant.nbytes(*size), energy * variant.expected_error(*size)) for variant in method.variants(*size)]
+    except ValueError as error:
+        raise ValueError(f"{title(path, module)}: {error}") from None
+    return [*variants, alone]
