@@ -153,7 +153,7 @@ def test_unknown_room_is_named(tmp_path):
 def test_importing_all_of_leanrec_prints_nothing_and_changes_no_global_state():
     script = """
 import importlib, logging, os, pkgutil, random, sys
-import numpy, polars, pyarrow, torch
+import numpy, polars, pyarrow, rich.style, torch, typer  # what these do on import (rich draws a number) is theirs
 
 def state():
     return (
