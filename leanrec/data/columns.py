@@ -49,11 +49,6 @@ class Column:
         return self.kind in ("multivalued", "sequence")
 
     @property
-    def is_staged(self) -> bool:
-        """Whether its values are kept."""
-        return self.is_field or self.kind == "label"
-
-    @property
     def is_field(self) -> bool:
         """Whether a model sees it."""
         return self.kind in ("categorical", "numeric", "multivalued", "sequence")
@@ -150,9 +145,7 @@ def _check_label(columns: Sequence[Column]) -> None:
         raise ValueError(f"Columns {labels} could each be the label. Say which with --kind {labels[0]}=label.")
     if not labels:
         names = [column.name for column in columns]
-        raise ValueError(
-            f"No label (0 or 1) among the columns {names}. Name it with --kind COLUMN=label; check the separator if these are not columns."
-        )
+        raise ValueError(f"No label (0 or 1) among the columns {names}. Name it with --kind COLUMN=label, or check separator and header.")
     if not any(column.is_field for column in columns):
         raise ValueError(f"Nothing but {[column.name for column in columns]} in the input: no column is a field of a model.")
 

@@ -47,18 +47,13 @@ def describe_fields(staged: Path, columns: Sequence[Column], vocabularies: Mappi
     return Schema(tuple(fields), next(column.name for column in columns if column.kind == "label"))
 
 
-def encode(staged: Path, out: Path, schema: Schema, vocabularies: Mapping[str, Vocabulary], progress: Progress) -> int:
-    """Write the rows of one split as ids, in their order.
-
-    Returns:
-        How many they are.
-    """
+def encode(staged: Path, out: Path, schema: Schema, vocabularies: Mapping[str, Vocabulary], progress: Progress) -> None:
+    """Write the rows of one split as ids, in their order."""
     with ShardWriter(out, _encoded_schema(schema)) as writer:
         for batch in read_shards(staged, dictionary=[path for field in schema.fields for path in _text_paths(field)]):
             encoded = {field.name: _encode(field, batch[field.name], vocabularies) for field in schema.fields}
             writer.write(pa.table({**encoded, schema.label: batch[schema.label]}))
             progress(f"writing {out.name}", writer.num_rows)
-    return writer.num_rows
 
 
 def _values(column: Column) -> pl.Expr:

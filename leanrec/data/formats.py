@@ -1,12 +1,15 @@
-"""The input formats: which reader opens which files, and the presets for logs whose columns are known."""
+"""Which reader opens which files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from leanrec.data.delimited import DelimitedSource
 from leanrec.data.inputs import format_of
+from leanrec.data.libsvm import FEATURES, LibsvmSource
 from leanrec.data.parquet import ParquetSource
+from leanrec.data.presets import DERIVED, DerivedSource
 from leanrec.data.settings import Settings
 from leanrec.data.source import Source
 
@@ -20,4 +23,12 @@ def open_source(paths: Sequence[Path], settings: Settings) -> Source:
     formats = {settings.format or format_of(path) for path in paths}
     if len(formats) > 1:
         raise ValueError(f"{paths[0]} and the other files have the formats {sorted(formats)}. Give --format, or files of one format.")
-    return ParquetSource(paths)
+    format = formats.pop()
+    if format == "parquet":
+        return ParquetSource(paths)
+    if format == "libsvm":
+        return LibsvmSource(paths, as_list=FEATURES in settings.fields)
+    delimiter = settings.delimiter or ("\t" if format == "tsv" else ",")
+    header = not settings.columns if settings.header is None else settings.header
+    text = DelimitedSource(paths, delimiter=delimiter, header=header, columns=settings.columns)
+    return DerivedSource(text, DERIVED[format]) if format in DERIVED else text

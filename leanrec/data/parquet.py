@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 from pyarrow import parquet
 
-from leanrec.data.source import SAMPLE_ROWS, BadRows, Chunk
+from leanrec.data.source import BadRows, Chunk
 
 CHUNK_ROWS = 65_536
 
@@ -21,14 +21,7 @@ class ParquetSource:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
 
-    def sample(self) -> pl.DataFrame:
-        """See `Source.sample`."""
-        with _open(self.paths[0]) as file:
-            for batch in _batches(file, self.paths[0], SAMPLE_ROWS):
-                return _frame(batch)
-        raise ValueError(f"{self.paths[0]}: no rows.")
-
-    def chunks(self, bad_rows: BadRows) -> Iterator[Chunk]:
+    def chunks(self, bad_rows: BadRows) -> Generator[Chunk, None, None]:
         """See `Source.chunks`; every row of a Parquet file has its columns, so none is refused here."""
         names: list[str] | None = None
         for path in self.paths:
@@ -37,7 +30,7 @@ class ParquetSource:
                 if file.schema_arrow.names != names:
                     raise ValueError(f"{path}: columns {file.schema_arrow.names}, but {self.paths[0]} has {names}.")
                 start = 1
-                for batch in _batches(file, path, CHUNK_ROWS):
+                for batch in _batches(file, path):
                     yield Chunk(_frame(batch), path, np.arange(start, start + batch.num_rows), "row")
                     start += batch.num_rows
 
@@ -51,9 +44,9 @@ def _open(path: Path) -> parquet.ParquetFile:
         raise ValueError(f"{path}: not a whole Parquet file, truncated or of another format ({_line(error)}).") from None
 
 
-def _batches(file: parquet.ParquetFile, path: Path, rows: int) -> Iterator[pa.RecordBatch]:
+def _batches(file: parquet.ParquetFile, path: Path) -> Iterator[pa.RecordBatch]:
     try:
-        yield from file.iter_batches(batch_size=rows)
+        yield from file.iter_batches(batch_size=CHUNK_ROWS)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: damaged Parquet file ({_line(error)}).") from None
 

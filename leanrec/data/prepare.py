@@ -16,7 +16,7 @@ from leanrec.data.inputs import find_files, find_splits
 from leanrec.data.options import resolve_settings
 from leanrec.data.schema import Schema
 from leanrec.data.settings import SPLITS, Settings
-from leanrec.data.source import BadRows
+from leanrec.data.source import BadRows, read_sample
 from leanrec.data.staging import Progress, stage
 from leanrec.data.vocabulary import vocabulary_nbytes
 
@@ -164,15 +164,21 @@ def _write(folder: Path, splits: Mapping[str, Sequence[Path]], settings: Setting
     """Everything but `run.json`, and what belongs there."""
     bad_rows, staged = BadRows(settings.on_bad_row), folder / "staged"
     sources = {name: open_source(paths, settings) for name, paths in splits.items()}
-    columns = describe_columns(sources["train"].sample(), settings)
+    columns = describe_columns(read_sample(sources["train"]), settings)
     shares = _shares(settings, [name for name in SPLITS if name == "train" or name not in splits])
+    rows: dict[str, int] = {}
     for name, source in sources.items():
-        stage(source, staged, columns, settings, shares=shares if name == "train" else {name: 1.0}, bad_rows=bad_rows, progress=progress)
+        parts = shares if name == "train" else {name: 1.0}
+        rows |= stage(source, staged, columns, settings, shares=parts, bad_rows=bad_rows, progress=progress)
+    rows = {name: rows[name] for name in SPLITS}
+    empty = [name for name, count in rows.items() if not count]
+    if empty:
+        raise ValueError(f"The {empty[0]} split has no rows (rows per split: {rows}). More rows, another split or files of its own are needed.")
     vocabularies = build_vocabularies(staged, folder, columns, progress)
-    names = [name for name in SPLITS if name in splits or name in shares]
-    schema = describe_fields(staged, columns, vocabularies, splits=names)
+    schema = describe_fields(staged, columns, vocabularies, splits=list(rows))
     schema.save(folder / "schema.json")
-    rows = {name: encode(staged / name, folder / name, schema, vocabularies, progress) for name in names}
+    for name in rows:
+        encode(staged / name, folder / name, schema, vocabularies, progress)
     shutil.rmtree(staged)
     return {
         "rows": rows,

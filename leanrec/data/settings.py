@@ -74,9 +74,8 @@ class Settings:
             raise ValueError(f"split={','.join(map(str, self.split))}: shares must be above 0 and sum to 1, e.g. 0.8,0.1,0.1.")
 
     def of(self, name: str) -> FieldSettings:
-        """What was said of column `name`: its own entry first, then the patterns in order."""
-        said = [one for pattern, one in self.fields.items() if pattern == name]
-        said += [one for pattern, one in self.fields.items() if pattern != name and fnmatchcase(name, pattern)]
+        """What was said of column `name`, each option by the first entry that matches and has it."""
+        said = [one for pattern, one in self.fields.items() if _matches(name, pattern)]
         return FieldSettings(**{f.name: next((v for one in said if (v := getattr(one, f.name)) is not None), None) for f in fields(FieldSettings)})
 
     def check_columns(self, names: Sequence[str]) -> None:
@@ -86,9 +85,13 @@ class Settings:
             ValueError: There is such an entry.
         """
         patterns = [*self.fields, *([self.split_by] if self.split_by else [])]
-        unknown = [pattern for pattern in patterns if not any(name == pattern or fnmatchcase(name, pattern) for name in names)]
+        unknown = [pattern for pattern in patterns if not any(_matches(name, pattern) for name in names)]
         if unknown:
             raise ValueError(f"Column {unknown[0]!r} is not in the input. Its columns are {list(names)}.")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:

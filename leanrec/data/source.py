@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -68,18 +69,25 @@ class BadRows:
 class Source(Protocol):
     """Files of one format."""
 
-    def sample(self) -> pl.DataFrame:
-        """The first rows (at most `SAMPLE_ROWS`), from which kinds are inferred.
-
-        Raises:
-            ValueError: The files cannot be read, or do not have the same columns.
-        """
-        ...
-
-    def chunks(self, bad_rows: BadRows) -> Iterator[Chunk]:
+    def chunks(self, bad_rows: BadRows) -> Generator[Chunk, None, None]:
         """All rows in order, in pieces of bounded size. Rows that do not fit the columns go to `bad_rows`.
 
         Raises:
-            ValueError: A file cannot be read, or a row is bad and bad rows are errors.
+            ValueError: A file cannot be read, the files do not have the same columns, or a row is bad and bad rows are errors.
         """
         ...
+
+
+def read_sample(source: Source) -> pl.DataFrame:
+    """The first rows (at most `SAMPLE_ROWS`), from which kinds are inferred.
+
+    Raises:
+        ValueError: There are none, or the files cannot be read.
+    """
+    bad_rows = BadRows("skip")
+    with closing(source.chunks(bad_rows)) as chunks:
+        sample = next((chunk.rows for chunk in chunks if len(chunk.rows)), None)
+    if sample is None:
+        refused = f"; the first that was refused: {bad_rows.first[0]}" if bad_rows.first else ""
+        raise ValueError(f"No rows in the input{refused}.")
+    return sample.head(SAMPLE_ROWS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -22,9 +24,25 @@ HISTOGRAM_BINS = 1 << 16
 Progress = Callable[[str, int], None]
 
 
+class Reading(NamedTuple):
+    """How one staged column is made of a raw one.
+
+    Attributes:
+        name: The staged column.
+        raw: The raw column.
+        type: Of the staged values.
+        cells: Type of the raw column -> its cells.
+    """
+
+    name: str
+    raw: str
+    type: pa.DataType
+    cells: Callable[[pl.DataType], cells.Cells]
+
+
 def stage(
     source: Source, folder: Path, columns: Sequence[Column], settings: Settings, *, shares: Mapping[str, float], bad_rows: BadRows, progress: Progress
-) -> None:
+) -> dict[str, int]:
     """Write the rows of `source` into `folder/SPLIT`, in their order: split at random, or by time where the settings name a column for it.
 
     Args:
@@ -36,98 +54,85 @@ def stage(
         bad_rows: Takes the rows that are refused.
         progress: Told the rows read so far.
 
+    Returns:
+        Split -> rows written.
+
     Raises:
         ValueError: A file or a row cannot be read.
     """
+    readings = [_reading(column) for column in columns if column.is_field or column.kind == "label"]
+    writer = SplitWriter(folder, tuple(shares), readings, progress)
     edges = np.cumsum(list(shares.values()))[:-1]
-    if settings.split_by is None or not len(edges):
-        draw = np.random.default_rng(settings.seed)
-        frames = (_typed(chunk, columns, bad_rows) for chunk in source.chunks(bad_rows))
-        assigned = ((frame, np.searchsorted(edges, draw.random(len(frame)), side="right")) for frame in frames)
-        _write_splits(folder, list(shares), _staged_schema(columns), assigned, progress)
-    else:
-        _stage_by_time(source, folder, columns, settings.split_by, list(shares), edges, bad_rows, progress)
+    if settings.split_by is not None and len(edges):
+        return _stage_by_time(source, writer, settings.split_by, edges, bad_rows)
+    draw = np.random.default_rng(settings.seed)
+    frames = (_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
+    return writer.write((frame, np.searchsorted(edges, draw.random(len(frame)), side="right")) for frame in frames)
 
 
-def _stage_by_time(
-    source: Source,
-    folder: Path,
-    columns: Sequence[Column],
-    time: str,
-    splits: Sequence[str],
-    edges: np.ndarray,
-    bad_rows: BadRows,
-    progress: Progress,
-) -> None:
-    """Rows of the same time stay together."""
-    schema = _staged_schema(columns).append(pa.field(TIME, pa.int64()))
-    frames = (_typed(chunk, columns, bad_rows, time=time) for chunk in source.chunks(bad_rows))
-    _write_splits(folder, ["all"], schema, ((frame, np.zeros(len(frame))) for frame in frames), progress)
-    times = [_time_at(folder / "all", share) for share in edges]
-    whole = (pl.DataFrame(batch) for batch in read_shards(folder / "all"))
-    assigned = ((frame, np.searchsorted(times, frame[TIME].to_numpy(), side="right")) for frame in whole)
-    _write_splits(folder, splits, _staged_schema(columns), assigned, progress)
-    shutil.rmtree(folder / "all")
+def _stage_by_time(source: Source, writer: SplitWriter, time: str, edges: np.ndarray, bad_rows: BadRows) -> dict[str, int]:
+    """Two steps: all rows with their times, and then, the times of the edges known, the splits. Rows of the same time stay together."""
+    readings = [*writer.readings, Reading(TIME, time, pa.int64(), lambda dtype: cells.time_cells(time, dtype))]
+    frames = (_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
+    replace(writer, splits=("all",), readings=readings).write((frame, np.zeros(len(frame))) for frame in frames)
+    whole = writer.folder / "all"
+    times = [_time_at(whole, share) for share in edges]
+    frames = (pl.DataFrame(batch) for batch in read_shards(whole))
+    rows = writer.write((frame, np.searchsorted(times, frame[TIME].to_numpy(), side="right")) for frame in frames)
+    shutil.rmtree(whole)
+    return rows
 
 
-def _write_splits(
-    folder: Path, splits: Sequence[str], schema: pa.Schema, assigned: Iterable[tuple[pl.DataFrame, np.ndarray]], progress: Progress
-) -> None:
-    num_rows = 0
-    with ExitStack() as stack:
-        writers = [stack.enter_context(ShardWriter(folder / split, schema)) for split in splits]
-        for frame, split_of_row in assigned:
-            for number, writer in enumerate(writers):
-                writer.write(frame.filter(pl.Series(split_of_row == number)).to_arrow())
-            num_rows += len(frame)
-            progress(f"reading {', '.join(splits)}", num_rows)
+@dataclass(frozen=True)
+class SplitWriter:
+    """Writes staged rows into `folder/SPLIT`."""
+
+    folder: Path
+    splits: tuple[str, ...]
+    readings: Sequence[Reading]
+    progress: Progress
+
+    def write(self, assigned: Iterable[tuple[pl.DataFrame, np.ndarray]]) -> dict[str, int]:
+        """Write all rows, each into the split of its number; returns split -> rows."""
+        schema = pa.schema([(reading.name, reading.type) for reading in self.readings])
+        with ExitStack() as stack:
+            writers = [stack.enter_context(ShardWriter(self.folder / split, schema)) for split in self.splits]
+            for frame, split_of_row in assigned:
+                for number, writer in enumerate(writers):
+                    writer.write(frame.filter(pl.Series(split_of_row == number)).to_arrow())
+                self.progress(f"reading {', '.join(self.splits)}", sum(writer.num_rows for writer in writers))
+        return {split: writer.num_rows for split, writer in zip(self.splits, writers, strict=True)}
 
 
-def _typed(chunk: Chunk, columns: Sequence[Column], bad_rows: BadRows, *, time: str | None = None) -> pl.DataFrame:
+def _reading(column: Column) -> Reading:
+    name = column.name
+    if column.kind == "label":
+        return Reading(name, name, pa.int8(), lambda _: cells.label_cells(name))
+    if column.is_list:
+        length, keep_last = column.max_length, column.kind == "sequence"
+        return Reading(name, name, pa.list_(pa.string()), lambda _: cells.list_cells(name, column.separator, max_length=length, keep_last=keep_last))
+    if column.kind == "categorical":
+        return Reading(name, name, pa.string(), lambda _: cells.text_cells(name))
+    if column.vocabulary is None:
+        return Reading(name, name, pa.float64(), lambda dtype: cells.number_cells(name, dtype))
+    return Reading(name, name, pa.string(), lambda dtype: cells.bucket_cells(name, dtype))
+
+
+def _typed(chunk: Chunk, readings: Sequence[Reading], bad_rows: BadRows) -> pl.DataFrame:
     """The rows of a chunk without the bad ones, in staged types."""
-    needed = [(column.name, column.name) for column in columns if column.is_staged] + ([(TIME, time)] if time is not None else [])
-    _check_columns(chunk, [raw for _, raw in needed])
-    by_name = {column.name: column for column in columns}
-    read = {
-        name: cells.time_cells(raw, chunk.rows.schema[raw]) if name == TIME else _cells(by_name[raw], chunk.rows.schema[raw]) for name, raw in needed
-    }
-    typed = chunk.rows.select(cell.value.alias(name) for name, cell in read.items())
-    wrong = chunk.rows.select(cell.is_wrong.alias(name) for name, cell in read.items())
+    schema = chunk.rows.schema
+    missing = [reading.raw for reading in readings if reading.raw not in schema]
+    if missing:
+        raise ValueError(f"{chunk.path}: no column {missing[0]!r}; its columns are {schema.names()}. All files need the columns of the first.")
+    read = [(reading, reading.cells(schema[reading.raw])) for reading in readings]
+    typed = chunk.rows.select(cell.value.alias(reading.name) for reading, cell in read)
+    wrong = chunk.rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read)
     is_bad = wrong.select(pl.any_horizontal(pl.all())).to_series()
     for row in is_bad.arg_true():
-        name, raw = next((name, raw) for name, raw in needed if wrong[name][row])
-        fault = f"{raw} {read[name].fault}"
-        bad_rows.add(chunk.path, int(chunk.numbers[row]), fault, f"{fault}: {chunk.rows[raw][row]!r}", unit=chunk.unit)
+        reading, cell = next((reading, cell) for reading, cell in read if wrong[reading.name][row])
+        reason = f"{reading.raw} {cell.fault}"
+        bad_rows.add(chunk.path, int(chunk.numbers[row]), reason, f"{reason}: {chunk.rows[reading.raw][row]!r}", unit=chunk.unit)
     return typed.filter(~is_bad)
-
-
-def _check_columns(chunk: Chunk, names: Sequence[str]) -> None:
-    missing = [name for name in names if name not in chunk.rows.columns]
-    if missing:
-        raise ValueError(f"{chunk.path}: no column {missing[0]!r}; its columns are {chunk.rows.columns}. All files need the columns of the first.")
-
-
-def _cells(column: Column, dtype: pl.DataType) -> cells.Cells:
-    if column.kind == "label":
-        return cells.label_cells(column.name)
-    if column.is_list:
-        return cells.list_cells(column.name, column.separator, max_length=column.max_length, keep_last=column.kind == "sequence")
-    if column.kind == "categorical":
-        return cells.text_cells(column.name)
-    number = cells.number_cells(column.name, dtype)
-    return number._replace(value=cells.log_bucket(number.value)) if column.vocabulary is not None else number
-
-
-def _staged_schema(columns: Sequence[Column]) -> pa.Schema:
-    return pa.schema([(column.name, _staged_type(column)) for column in columns if column.is_staged])
-
-
-def _staged_type(column: Column) -> pa.DataType:
-    if column.kind == "label":
-        return pa.int8()
-    if column.is_list:
-        return pa.list_(pa.string())
-    return pa.float64() if column.vocabulary is None else pa.string()
 
 
 def _time_at(folder: Path, share: float) -> int:
