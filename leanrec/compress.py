@@ -211,7 +211,9 @@ def _swap(model: nn.Module, group: Group, method: Method, counts: Tensor | None,
     counts = None if counts is None else counts.to(weight.device)
     table = method.build(old.num_embeddings, old.embedding_dim, generator=generator).to(weight.device)
     table.padding_idx = next(iter(_paddings(group)), None)
-    table.fit(weight, counts).to(weight.dtype).eval()
+    table.fit(weight, counts).eval()
+    if weight.dtype != torch.float32:  # a method may store parts of a float32 table in fewer bits, which stay as they are
+        table.to(weight.dtype)
     table.fit_error = reconstruction_error(old, table, counts)
     table.train(old.training)
     if not any(parameter.requires_grad for parameter in old.parameters()):

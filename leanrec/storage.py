@@ -20,6 +20,8 @@ from leanrec.methods import parse
 from leanrec.methods.base import Table
 
 FORMAT_VERSION = "1"
+ROW_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""What a table answers in, where it is not float32."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> None:
@@ -131,6 +133,7 @@ def _describe(groups: Mapping[str, Group]) -> list[dict[str, Any]]:
             "method": repr(table.method),
             "num_embeddings": table.num_embeddings,
             "embedding_dim": table.embedding_dim,
+            "dtype": str(_row_dtype(table)).removeprefix("torch."),
             "padding_idx": table.padding_idx,
             "fit_error": table.fit_error,
             "places": {place: _pooling(module) for place, module in group.items()},
@@ -138,6 +141,11 @@ def _describe(groups: Mapping[str, Group]) -> list[dict[str, Any]]:
         for group, table in held
         if isinstance(table, Table)
     ]
+
+
+def _row_dtype(table: Table) -> torch.dtype:
+    with torch.no_grad():
+        return table(torch.zeros(1, dtype=torch.int64, device=next(iter(table.state_dict().values())).device)).dtype
 
 
 def _pooling(module: EmbeddingModule) -> dict[str, Any] | None:
@@ -198,6 +206,8 @@ def _build_table(entry: dict[str, Any]) -> dict[str, nn.Module]:
     try:
         with torch.device("meta"):
             table = parse(entry["method"]).build(entry["num_embeddings"], entry["embedding_dim"])
+        if entry["dtype"] != "float32":
+            table.to(ROW_DTYPES[entry["dtype"]])
         table.padding_idx = entry["padding_idx"]
         table.fit_error = entry["fit_error"]
         return {place: table if pooling is None else TableBag(table, **pooling) for place, pooling in entry["places"].items()}
@@ -222,7 +232,7 @@ def _check(model: nn.Module, modules: Mapping[str, nn.Module], stored: Mapping[s
             theirs, ours = (f"{tuple(part.shape)} {part.dtype}" for part in (given, tensor))
             raise ValueError(f"it does not fit the model: {name!r} is {theirs} in the file and {ours} in the model.")
     for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in expected and not name.startswith(within):
+        if buffer.is_meta and buffer.numel() and name not in expected and not name.startswith(within):
             raise ValueError(f"the model's buffer {name!r} is never saved and has no values on the meta device. Build the model on the CPU.")
     _check_ties(expected, shared)
 
@@ -250,8 +260,8 @@ def _allocate(module: nn.Module, path: str, stored: Mapping[str, Tensor], device
         own = [*part.named_parameters(recurse=False, remove_duplicate=False), *part.named_buffers(recurse=False, remove_duplicate=False)]
         for name, tensor in own:
             full_name = f"{part_path}.{name}".lstrip(".")
-            if tensor.is_meta and full_name in stored:
+            if tensor.is_meta and (full_name in stored or not tensor.numel()):
                 if id(tensor) not in made:
-                    values = torch.empty_like(stored[full_name], device=device)
+                    values = torch.empty_like(stored.get(full_name, tensor), device=device)
                     made[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
                 setattr(part, name, made[id(tensor)])

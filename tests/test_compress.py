@@ -8,9 +8,7 @@ from torch import nn
 from leanrec.bag import TableBag
 from leanrec.compress import compress, tables
 from leanrec.embeddings import reconstruction_error
-from leanrec.methods.base import Table
-from leanrec.methods.full import Full
-from leanrec.methods.pq import PQ
+from leanrec.methods import METHODS, PQ, Full, Table
 
 SMALL = PQ(num_subspaces=2, num_centroids=8)
 
@@ -237,6 +235,11 @@ def test_device_dtype_mode_and_freezing_are_kept():
     assert model["user"](torch.tensor([1])).dtype == torch.bfloat16
     assert [model[name].training for name in model] == [False, True, False]
     assert [any(part.requires_grad for part in model[name].parameters()) for name in model] == [True, False, True]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_are_what_the_method_foretold(method):
+    assert compress(embedding(), METHODS[method]()).nbytes == METHODS[method]().nbytes(50, 8)
 
 
 def test_same_seed_gives_the_same_tables_in_any_order():

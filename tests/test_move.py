@@ -92,6 +92,11 @@ def test_what_does_not_match_is_listed_and_nothing_moves(target, reason):
     assert dict(target.named_modules()) == before
 
 
+def test_padding_of_a_compressed_table_must_match():
+    with pytest.raises(ValueError, match="the source has no pooling, padding_idx=None, the target no pooling, padding_idx=0"):
+        move_tables(compress(model("a", user=embedding()), SMALL), model("b", user=embedding(padding_idx=0)))
+
+
 def test_moved_table_answers_in_the_target():
     source = compress(model("a", user=embedding()), SMALL)
     target = model("b", user=embedding())

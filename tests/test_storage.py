@@ -11,8 +11,9 @@ from torch import nn
 from leanrec import storage
 from leanrec.bag import TableBag
 from leanrec.compress import compress, tables
-from leanrec.methods.full import Full
-from leanrec.methods.pq import PQ, PQTable
+from leanrec.methods import METHODS, PQ, Full
+from leanrec.methods.pq import PQTable
+from leanrec.report import report
 from leanrec.storage import load, read_metadata, save
 
 METHOD = PQ(num_subspaces=2, num_centroids=8)  # 3-bit codes, packed across bytes
@@ -59,7 +60,7 @@ def test_loaded_model_answers_the_same(tmp_path, build):
     assert torch.equal(loaded.eval()(*batch()), model(*batch()))
     assert {path: type(module) for path, module in tables(loaded).items()} == {path: type(module) for path, module in tables(model).items()}
     assert loaded.again["user"] is loaded.user
-    assert loaded.user.fit_error == model.user.fit_error
+    assert (loaded.user.fit_error, loaded.user.padding_idx) == (model.user.fit_error, 0)
     assert all(not tensor.is_meta for tensor in loaded.state_dict().values())
 
 
@@ -86,6 +87,12 @@ def test_loading_makes_no_full_table_and_fits_nothing(tmp_path, monkeypatch):
     monkeypatch.delattr(PQTable, "fit")
     load(meta_model(), tmp_path / "m")
     assert len(built) == 2 and devices[:2] == ["meta", "meta"]
+
+
+def test_training_mode_stays_that_of_the_given_model(tmp_path):
+    save(compressed(), tmp_path / "m")
+    assert all(module.training for module in load(Model(), tmp_path / "m").modules())
+    assert not any(module.training for module in load(Model().eval(), tmp_path / "m").modules())
 
 
 def test_loaded_model_trains(tmp_path):
@@ -154,6 +161,25 @@ def test_parts_of_one_memory_are_stored_as_their_own(tmp_path):
 
     save(Halves(), tmp_path / "m")
     assert load(Halves(), tmp_path / "m").high.tolist() == [5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("build", [Model, meta_model])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_back(tmp_path, method, build):
+    model = compress(Model(), {"user": METHODS[method]()}).eval()
+    save(model, tmp_path / "m")
+    loaded = load(build(), tmp_path / "m").eval()
+    assert torch.equal(loaded(*batch()), model(*batch()))
+    assert report(loaded) == report(model)
+    assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *loaded.buffers()])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_back_in_bfloat16(tmp_path, method):
+    model = compress(nn.Embedding(100, 8).bfloat16(), METHODS[method]())
+    save(model, tmp_path / "m")
+    loaded = load(nn.Embedding(100, 8).bfloat16(), tmp_path / "m")
+    assert loaded.decode().dtype == torch.bfloat16 and torch.equal(loaded.decode(), model.decode())
 
 
 def test_bfloat16_comes_back_as_bfloat16(tmp_path):
@@ -237,6 +263,7 @@ def test_other_version_of_the_format_is_refused(tmp_path, monkeypatch):
         ({"places": {"user": {"mode": "sum", "color": 3}}}, "malformed"),
         ({"places": {"user": {"mode": "median"}}}, "mode='median' is unknown"),
         ({"places": None}, "malformed"),
+        ({"dtype": "int8"}, "malformed"),
     ],
 )
 def test_header_that_lies_is_refused(tmp_path, monkeypatch, changes, reason):
@@ -293,6 +320,15 @@ def test_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         save(compressed(seed=1), path)
     assert os.listdir(tmp_path) == ["m"] and read_metadata(path) == {"run": 1}
     load(Model(), path)
+
+
+def test_reader_of_the_old_file_is_not_disturbed(tmp_path):
+    path = tmp_path / "m"
+    save(compressed(), path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        save(compressed(seed=1), path)
+        assert reader.read() == before != path.read_bytes()
 
 
 def test_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
