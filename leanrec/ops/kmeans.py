@@ -63,12 +63,18 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     # argmin |x - c|^2 = argmax x.c - |c|^2 / 2, as one matrix product with a column for the norms
     points = F.pad(points.float(), (0, 1), value=-0.5)
     matrix = torch.cat([centroids, centroids.square().sum(1, keepdim=True)], dim=1).float().T.contiguous()
-    return torch.cat([_row_argmax(chunk @ matrix) for chunk in points.split(max(1, _CHUNK_SCORES // len(centroids)))])
+    return torch.cat([row_argmax(chunk @ matrix) for chunk in points.split(max(1, _CHUNK_SCORES // len(centroids)))])
 
 
 def squared_distances(points: Tensor, others: Tensor) -> Tensor:
     """Squared distance of each point to the other one in its row: two (N, D) -> (N,)."""
     return (points - others).square().sum(1)
+
+
+def row_argmax(scores: Tensor) -> Tensor:
+    """Index of the largest of each row: (N, K) -> (N,) int64."""
+    # numpy's argmax is vectorised: on a CPU it takes a fifth of the time of torch's.
+    return torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
 
 
 class ClusterMeans:
@@ -137,12 +143,6 @@ def _spread_start(points: Tensor, weights: Tensor, num_clusters: int, generator:
         chosen = torch.cat([chosen, drawn])
         distances = torch.minimum(distances, squared_distances(points, points[drawn][nearest(points, points[drawn])]))
     return points[chosen]
-
-
-def _row_argmax(scores: Tensor) -> Tensor:
-    """Index of the largest of each row: (N, K) -> (N,) int64."""
-    # numpy's argmax is vectorised: on a CPU it takes a fifth of the time of torch's.
-    return torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
 
 
 def _draw(weights: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:

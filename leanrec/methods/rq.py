@@ -1,0 +1,134 @@
+"""Residual quantization, improved as an additive one. Chen, Guan and Wang, Sensors 2010, doi:10.3390/s101211259; Babenko and Lempitsky, CVPR 2014."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.pq import centroid_choices, code_bits, coding_error, used_centroids
+from leanrec.ops.additive import improve_codes, level_means, residual_codebooks, sum_words, update_codebooks
+from leanrec.ops.kmeans import sample_rows
+from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
+
+_SAMPLE_ROUNDS = 4
+# Words compared per row and level, which set the width of the beam: a wider one finds better codes and takes longer in proportion.
+_FIRST_SEARCH, _LAST_SEARCH = 1024, 2048
+_MAX_BEAM = 16
+
+
+@dataclass(frozen=True)
+class RQ(Method):
+    """A row is the sum of one centroid per level, each as wide as the row.
+
+    Levels are fitted one after the other to what is left, then code books and codes in turn, all levels together; a step that does not
+    lower the count-weighted error is not taken. Better than PQ at the same code length, for code books num_levels times as large.
+
+    Attributes:
+        num_levels: L, centroids summed per row, 1 to 32.
+        num_centroids: K of each level, 2 to 65536; a table of fewer rows has one centroid per row.
+        weight_power: A row counts as count ** weight_power in the fit.
+    """
+
+    knob: ClassVar[str] = "num_levels"
+    num_levels: int = 4
+    num_centroids: int = 256
+    weight_power: float = 0.5
+
+    def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
+        return [1, 2, 3, 4, 6, 8, 12, 16]
+
+    def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
+        sizes = centroid_choices(num_embeddings)
+        return [replace(self, num_levels=levels, num_centroids=size) for levels in self.knob_values(num_embeddings, embedding_dim) for size in sizes]
+
+    def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        if not 1 <= self.num_levels <= 32:
+            raise ValueError(f"RQ has num_levels={self.num_levels}. Choose 1 to 32.")
+        num_centroids = used_centroids(self, self.num_centroids, num_embeddings)
+        codes = packed_nbytes(num_embeddings, self.num_levels, code_bits(num_centroids))
+        return codes + self.num_levels * num_centroids * embedding_dim * 4
+
+    def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> RQTable:
+        self.nbytes(num_embeddings, embedding_dim)
+        return RQTable(self, num_embeddings, embedding_dim, generator=generator)
+
+    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
+        # Every level has words of the full width, so each one lets as many rows again be met exactly.
+        beyond = max(0.0, 1 - self.num_centroids / num_embeddings)
+        return coding_error(self.num_levels, self.num_centroids, num_embeddings, embedding_dim) * beyond ** (self.num_levels - 1)
+
+
+class RQTable(Table):
+    """`packed_codes`: (ceil(V * L * bits / 8),) uint8, frozen. `codebooks`: (L, K, D) float32, trainable.
+
+    Built without a fit, codes and code books are random.
+    """
+
+    method: RQ
+    packed_codes: Tensor
+
+    def __init__(self, method: RQ, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(method, num_embeddings, embedding_dim, generator=generator)
+        num_levels, num_centroids = method.num_levels, used_centroids(method, method.num_centroids, num_embeddings)
+        self.num_bits = code_bits(num_centroids)
+        draws = torch.Generator().manual_seed(self.seed)
+        self.codebooks = nn.Parameter(torch.randn(num_levels, num_centroids, embedding_dim, generator=draws) * 0.01 / num_levels**0.5)
+        codes = torch.randint(num_centroids, (num_embeddings, num_levels), dtype=torch.int32, generator=draws)
+        self.register_buffer("packed_codes", pack(codes, self.num_bits))
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
+        self.check_weight(weight)
+        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
+        codebooks = self._fit_sample(weight, weights)
+        for search in (_FIRST_SEARCH, _LAST_SEARCH):
+            self._encode_all(weight, codebooks, search)
+            for level in range(len(codebooks)):
+                codebooks[level] = level_means(self._coded_chunks(weight, weights), codebooks, level)
+        self.codebooks.copy_(codebooks)
+        return self
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        return sum_words(self._codes(ids), self.codebooks)
+
+    def codes(self) -> Tensor:
+        """The centroid of each level of each row: (V, L) int64."""
+        return self._codes(torch.arange(self.num_embeddings, device=self.packed_codes.device))
+
+    def _codes(self, ids: Tensor) -> Tensor:
+        return unpack_rows(self.packed_codes, ids, len(self.codebooks), self.num_bits)
+
+    def _fit_sample(self, weight: Tensor, weights: Tensor) -> Tensor:
+        """Code books (L, K, D) of a sample of the rows, on the device of `weight`."""
+        num_levels, num_centroids, _ = self.codebooks.shape
+        generator = torch.Generator().manual_seed(self.seed)
+        rows, sample_weights = sample_rows(weights, num_centroids, generator=generator)
+        sample, sample_weights = weight[rows.to(weight.device)].float(), sample_weights.to(weight.device)
+        codebooks, codes = residual_codebooks(sample, num_levels, num_centroids, weights=sample_weights, generator=generator)
+        for _ in range(_SAMPLE_ROUNDS):
+            codes = improve_codes(sample, codes, codebooks, beam_size=_beam_size(_FIRST_SEARCH, num_centroids))
+            codebooks = update_codebooks(sample, codes, codebooks, weights=sample_weights)
+        return codebooks
+
+    def _encode_all(self, weight: Tensor, codebooks: Tensor, search: int) -> None:
+        """Gives every row the better of its stored codes and those that a beam search finds."""
+        for start, rows in self.row_chunks(weight):
+            stored = self._codes(torch.arange(start, start + len(rows), device=self.packed_codes.device))
+            codes = improve_codes(rows, stored.to(rows.device), codebooks, beam_size=_beam_size(search, codebooks.shape[1]))
+            pack_rows_(self.packed_codes, codes.to(self.packed_codes.device), start, self.num_bits)
+
+    def _coded_chunks(self, weight: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, their stored codes and their weights, chunk by chunk."""
+        for start, rows in self.row_chunks(weight):
+            ids = torch.arange(start, start + len(rows), device=self.packed_codes.device)
+            yield rows, self._codes(ids).to(rows.device), weights[start : start + len(rows)].to(rows.device)
+
+
+def _beam_size(search: int, num_centroids: int) -> int:
+    return max(1, min(_MAX_BEAM, search // num_centroids))
