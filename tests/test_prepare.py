@@ -184,8 +184,9 @@ def clicks_of_x(folder: Path, name: str) -> Path:
     return write(folder / name, "label,x", "1,5", "0,6")
 
 
-def test_a_split_by_time_puts_the_newest_rows_last_and_never_parts_one_moment(tmp_path):
-    times = np.random.default_rng(0).integers(0, 40, 400) * 10**15 + 3
+@pytest.mark.parametrize("step", [1, 10**15])
+def test_a_split_by_time_puts_the_newest_rows_last_and_never_parts_one_moment(tmp_path, step):
+    times = np.random.default_rng(0).integers(0, 40, 400) * step + 2 * 10**9
     pl.DataFrame({"label": np.arange(400) % 2, "x": times.astype(str), "moment": times}).write_csv(tmp_path / "log.csv")
     prepared = prepare(
         tmp_path / "log.csv", tmp_path / "out", split_by="moment", split=(0.5, 0.25, 0.25), kinds={"x": "categorical", "moment": "timestamp"}
@@ -253,6 +254,11 @@ def test_text_without_a_header_takes_the_names_given(tmp_path):
     assert sum(prepared.rows.values()) == 100
     unnamed = prepare(path, tmp_path / "unnamed", format="csv", delimiter=";", header=False, kinds=["column_1=label"])
     assert [field.name for field in unnamed.schema.fields] == ["column_2", "column_3"]
+
+
+def test_a_tab_can_be_written_with_a_backslash(tmp_path):
+    path = write(tmp_path / "log.txt", *(row.replace(",", "\t") for row in [HEADER, *ROWS]))
+    assert sum(prepare(path, tmp_path / "out", format="csv", delimiter="\\t").rows.values()) == 100
 
 
 def test_quoted_cells_hold_the_separator(tmp_path):

@@ -75,8 +75,9 @@ class DelimitedSource:
         if len(table) + len(misfits) != len(block.numbers):
             raise ValueError(f"{path}: a cell in lines {block.numbers[0]} to {block.numbers[-1]} holds a line break or a carriage return.")
         for row in misfits:
-            fault = f"{row.actual_columns} columns, expected {len(names)}"
-            bad_rows.add(path, int(block.numbers[row.number - 1]), f"not {len(names)} columns", f"{fault} ({', '.join(names[:5])}, ...)")
+            expected = f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            fault = f"{row.actual_columns} columns, expected {expected}"
+            bad_rows.add(path, int(block.numbers[row.number - 1]), f"not {len(names)} columns", fault)
         block = block.without({row.number - 1 for row in misfits}) if misfits else block
         frame = pl.from_arrow(table)
         assert isinstance(frame, pl.DataFrame)

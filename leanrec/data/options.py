@@ -36,6 +36,8 @@ def resolve_settings(config: Path | None, **given: Any) -> Settings:
     format = arguments.get("format", options.get("format"))
     preset, preset_fields = PRESETS.get(format, ({}, {}))
     merged = {**preset, **options, **arguments}
+    if merged.get("delimiter") == "\\t":  # as one writes a tab on a command line
+        merged["delimiter"] = "\t"
     if "columns" in merged:
         merged["columns"] = tuple(_values(merged["columns"], str.strip))
     if "split" in merged:
