@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,43 +53,52 @@ def bench(
         logs: Folder of the logs that the experiments name.
         results: Folder of the results, with one folder for each suite.
         work: Folder for prepared logs and trained models. They are shared by all runs that need them.
-        num_jobs: Runs at a time, each in a process of its own with one thread.
+        num_jobs: Processes that run at a time, each with one thread.
         on_result: Called with (result's name, runs done, runs in all).
     """
     loaded = [(Experiment.load(path), Folders(logs, work, results / path.resolve().parent.name)) for path in experiments]
     for experiment, folders in loaded:
         _prepare(experiment, folders)
-    todo, done = [(cell, folders) for experiment, folders in loaded for cell in cells(experiment)], []
-    # What others wait for comes first: full models, then the plain ones that the rest is measured against.
-    for phase in (lambda cell: cell.family == FULL, lambda cell: cell.family != FULL and cell.family in PLAIN, lambda cell: cell.family not in PLAIN):
-        for path in _run_all([job for job in todo if phase(job[0])], num_jobs):
+    todo = [(cell, folders) for experiment, folders in loaded for cell in cells(experiment)]
+    waiting = [(cell, folders) for cell, folders in todo if not (folders.results / cell.file_name).exists()]
+    needed = {
+        _train_folder(cell, folders, dim): (cell, folders, dim)
+        for cell, folders in waiting
+        for dim in {cell.embedding_dim, cell.experiment.embedding_dim}
+    }
+    done = [folders.results / cell.file_name for cell, folders in todo if (cell, folders) not in waiting]
+    for _ in _in_processes(_train, list(needed.values()), num_jobs):
+        pass
+    # The plain models first: the rest is measured against them.
+    for is_plain in (True, False):
+        for path in _in_processes(run_cell, [job for job in waiting if (job[0].family in PLAIN) == is_plain], num_jobs):
             done.append(path)
             if on_result is not None:
                 on_result(path.name, len(done), len(todo))
     return done
 
 
+def _in_processes(function: Callable[[Any], Any], jobs: Sequence[Any], num_jobs: int) -> Iterator[Any]:
+    """Results of a function, as they come."""
+    if num_jobs == 1:
+        yield from map(function, jobs)
+        return
+    with ProcessPoolExecutor(num_jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
+        for future in as_completed([processes.submit(function, job) for job in jobs]):
+            yield future.result()
+
+
 def run_cell(job: tuple[Cell, Folders]) -> Path:
-    """Run one cell, unless its result is there, and write the result."""
-    cell, folders = job
-    path = folders.results / cell.file_name
-    if path.exists():
-        return path
+    """Run one cell and write its result; the models it starts from are trained."""
     torch.set_num_threads(1)
-    folders.results.mkdir(parents=True, exist_ok=True)
-    full_run = _trained(cell, folders, cell.experiment.embedding_dim)
+    runs.reset_peak_memory()
+    cell, folders = job
+    full_run = _train_folder(cell, folders, cell.experiment.embedding_dim)
     result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALL_DIM) else _compressed_result(cell, folders, full_run)
+    folders.results.mkdir(parents=True, exist_ok=True)
+    path = folders.results / cell.file_name
     runs.write_atomically(path, json.dumps(result, indent=1) + "\n")
     return path
-
-
-def _run_all(jobs: Sequence[tuple[Cell, Folders]], num_jobs: int) -> Iterator[Path]:
-    """Each run in a fresh process: its peak memory is its own."""
-    waiting = [job for job in jobs if not (job[1].results / job[0].file_name).exists()]
-    yield from (folders.results / cell.file_name for cell, folders in jobs if (folders.results / cell.file_name).exists())
-    if waiting:
-        with multiprocessing.get_context("spawn").Pool(num_jobs, maxtasksperchild=1) as pool:
-            yield from pool.imap_unordered(run_cell, waiting)
 
 
 def _prepare(experiment: Experiment, folders: Folders) -> None:
@@ -95,18 +106,25 @@ def _prepare(experiment: Experiment, folders: Folders) -> None:
     prepare([folders.logs / experiment.dataset], folders.work / "data" / experiment.dataset)
 
 
-def _trained(cell: Cell, folders: Folders, embedding_dim: int) -> Path:
-    """A run folder with the trained model of a seed, shared by all cells that start from it."""
+def _train(job: tuple[Cell, Folders, int]) -> None:
+    """Train a model that cells start from, unless it is there."""
+    torch.set_num_threads(1)
+    cell, folders, embedding_dim = job
+    data, settings = folders.work / "data" / cell.experiment.dataset, TrainSettings(**{**cell.experiment.train, "seed": cell.seed})
+    model = {**cell.experiment.model, "embedding_dim": embedding_dim}
+    train_run(data, _train_folder(*job), model=cell.backbone, model_settings=model, settings=settings)
+
+
+def _train_folder(cell: Cell, folders: Folders, embedding_dim: int) -> Path:
+    """Where the trained model of a seed lies: one for all suites that train it alike."""
     experiment = cell.experiment
-    out = folders.work / "runs" / f"{folders.results.name}-{experiment.name}-{cell.backbone}-d{embedding_dim}-seed{cell.seed}"
-    settings = TrainSettings(**{**experiment.train, "seed": cell.seed})
-    model = {**experiment.model, "embedding_dim": embedding_dim}
-    train_run(folders.work / "data" / experiment.dataset, out, model=cell.backbone, model_settings=model, settings=settings)
-    return out
+    settings = json.dumps([experiment.model, experiment.train], sort_keys=True)
+    digest = hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
+    return folders.work / "runs" / f"{experiment.dataset}-{cell.backbone}-d{embedding_dim}-seed{cell.seed}-{digest}"
 
 
 def _trained_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
-    run = _trained(cell, folders, cell.embedding_dim)
+    run = _train_folder(cell, folders, cell.embedding_dim)
     recommender = open_run(run)
     seconds = {"pretrain": runs.load(run)["seconds"], "fit": 0.0, "tune": 0.0}
     return _result(cell, folders, recommender, full_run, seconds=seconds, file=run / MODEL_FILE)

@@ -1,0 +1,132 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from leanrec.bench import Experiment, bench, cells, read_results, write_plots, write_readme
+from leanrec.bench.table import readme
+from leanrec.methods import METHODS
+
+REPOSITORY = Path(__file__).parents[1]
+TOML = """
+dataset = "small"
+embedding_dim = 8
+seeds = [0, 1]
+methods = ["PQ()"]
+ratios = [4]
+settings = ["Scalar(num_bits=8)"]
+small_dims = [2]
+[model]
+hidden_units = [8]
+[train]
+epochs = 1
+batch_size = 500
+[tuning]
+epochs = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(small_log, tmp_path_factory):
+    """A benchmark of two seeds on a small log, run once; its work folder already holds the prepared log."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "experiments" / "tiny").mkdir(parents=True)
+    toml = folder / "experiments" / "tiny" / "small.toml"
+    toml.write_text(TOML)
+    (folder / "logs").mkdir()
+    (folder / "logs" / "small").symlink_to(raw_log(small_log, folder / "raw"))
+    run(folder)
+    return folder
+
+
+def raw_log(prepared: Path, folder: Path) -> Path:
+    """The splits of a prepared log as the single files of a raw one."""
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.parquet").write_bytes((prepared / split / "part-00000.parquet").read_bytes())
+    return folder
+
+
+def run(folder: Path, seen=None):
+    experiments = sorted((folder / "experiments" / "tiny").glob("*.toml"))
+    arguments = {"logs": folder / "logs", "results": folder / "results", "work": folder / "work"}
+    return bench(experiments, **arguments, on_result=lambda *state: seen.append(state) if seen is not None else None)
+
+
+def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
+    results = read_results(suite / "results" / "tiny")
+    assert len(results) == 2 * 4
+    assert {result["run"]["family"] for result in results} == {"Full", "SmallDim", "Scalar", "PQ"}
+    for result in results:
+        assert {"run", "quality", "size", "seconds", "peak_memory", "machine", "versions", "commit", "settings"} <= result.keys()
+        assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
+        assert {"auc", "logloss", "calibration", "auc_diff", "auc_diff_low", "auc_diff_high"} == result["quality"].keys()
+        assert {"tables", "tables_full", "model", "model_full", "file", "vocabulary", "opponent"} == result["size"].keys()
+        assert {"pretrain", "fit", "tune", "evaluate"} == result["seconds"].keys()
+        assert result["quality"]["auc_diff_low"] <= result["quality"]["auc_diff"] <= result["quality"]["auc_diff_high"]
+
+
+def test_differences_are_to_the_full_model_of_the_same_seed(suite):
+    results = read_results(suite / "results" / "tiny")
+    full = {result["run"]["seed"]: result["quality"]["auc"] for result in results if result["run"]["family"] == "Full"}
+    for result in results:
+        assert result["quality"]["auc"] - full[result["run"]["seed"]] == pytest.approx(result["quality"]["auc_diff"], abs=1e-9)
+
+
+def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_as_good(suite):
+    results = read_results(suite / "results" / "tiny")
+    for result in (result for result in results if result["run"]["family"] == "PQ"):
+        assert result["size"]["tables"] <= result["size"]["tables_full"] / 4
+        plain = [
+            other for other in results if other["run"]["family"] in ("Full", "SmallDim", "Scalar") and other["run"]["seed"] == result["run"]["seed"]
+        ]
+        as_good = [other["size"]["tables"] for other in plain if other["quality"]["auc"] >= result["quality"]["auc"]]
+        assert result["size"]["opponent"] == min(as_good, default=None)
+
+
+def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
+    paths = sorted((suite / "results" / "tiny").glob("*.json"))
+    before = {path: path.read_text() for path in paths}
+    missing = next(path for path in paths if "PQ" in path.name)
+    missing.unlink()
+    seen = []
+    run(suite, seen)
+    assert [number for _, number, _ in seen] == list(range(1, 9))
+    after = {path: path.read_text() for path in sorted((suite / "results" / "tiny").glob("*.json"))}
+    assert {path for path in before if before[path] == after[path]} >= set(before) - {missing}
+    assert json.loads(after[missing])["quality"] == json.loads(before[missing])["quality"]
+
+
+def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
+    pictures = write_plots(suite)
+    text = write_readme(suite).read_text()
+    assert [picture.name for picture in pictures] == ["tiny-small-deepfm.png"]
+    assert all(picture.stat().st_size > 5000 for picture in pictures)
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "PQ", "Scalar", "SmallDim"]
+    assert "pictures/tiny-small-deepfm.png" in text
+    results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
+    mean = sum(result["quality"]["auc"] for result in results) / 2
+    assert f"{mean:.4f}" in next(row for row in rows if "PQ" in row)
+
+
+@pytest.mark.parametrize(("text", "message"), [('datasett = "x"', "unknown keys"), ("seeds = [0]", "no dataset"), ("dataset = [", "cannot be read")])
+def test_a_bad_experiment_is_one_line(tmp_path, text, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        Experiment.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_the_committed_page_is_what_the_committed_results_say():
+    folder = REPOSITORY / "benchmarks"
+    assert (folder / "README.md").read_text() == readme(folder), "run `leanrec bench --table`"
+
+
+def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to_one():
+    folder = REPOSITORY / "benchmarks"
+    expected = {(toml.parent.name, cell.file_name) for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))}
+    results = {(path.parent.name, path.name) for path in (folder / "results").glob("*/*.json")}
+    assert results <= expected
+    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "SmallDim"}
