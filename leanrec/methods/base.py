@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+_CHUNK_VALUES = 2**20
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -101,7 +103,10 @@ class Table(nn.Module, ABC):
 
         Raises:
             IndexError: An id outside [0, V) (checked on the CPU, outside compiled and exported code).
+            ValueError: Ids are floats.
         """
+        if input.is_floating_point():
+            raise ValueError(f"ids are {input.dtype}, which cannot tell large ids apart. Give integers, such as ids.long().")
         ids = input.reshape(-1).long()
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in torch.aminmax(ids))
@@ -124,13 +129,18 @@ class Table(nn.Module, ABC):
         """Bytes as stored: all parameters and buffers of the table's state dict."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
-    def row_chunks(self, weight: Tensor, *, chunk_rows: int = 65_536) -> Iterator[tuple[int, Tensor]]:
+    def row_chunks(self, weight: Tensor, *, chunk_rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """First row and float32 copy of each piece of a weight that may be larger than memory; pieces but the last are multiples of 8 rows.
+
+        Args:
+            weight: (V, D) float.
+            chunk_rows: Rows of a piece, a multiple of 8; None: as many as make about 4 MiB, which any machine has to spare.
 
         Raises:
             ValueError: `weight` has another shape than this table, or a value that is not finite.
         """
         self.check_weight(weight)
+        chunk_rows = chunk_rows or max(8, _CHUNK_VALUES // self.embedding_dim // 8 * 8)
         for start in range(0, self.num_embeddings, chunk_rows):
             rows = weight[start : start + chunk_rows].detach().float()
             finite = rows.isfinite().all(1)

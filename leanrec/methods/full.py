@@ -47,7 +47,8 @@ class FullTable(Table):
 
     @torch.no_grad()
     def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        self.weight.copy_(weight)
+        for start, rows in self.row_chunks(weight):
+            self.weight[start : start + len(rows)] = rows.to(self.weight)
         return self
 
     def lookup(self, ids: Tensor) -> Tensor:
