@@ -308,7 +308,7 @@ def _about_method(method: Method, num_embeddings: int, embedding_dim: int) -> st
     source = " ".join((inspect.getdoc(inspect.getmodule(method)) or "").split())
     knobs = method.knob_values(num_embeddings, embedding_dim)
     sizes = [method.with_knob(value).nbytes(num_embeddings, embedding_dim) for value in knobs]
-    span = f"{method.knob} from {knobs[0]} to {knobs[-1]}: {min(sizes):,} to {max(sizes):,} bytes"
+    span = f"{method.knob} {knobs[0]} to {knobs[-1]}: {min(sizes):,} to {max(sizes):,} bytes" if len(knobs) > 1 else f"{method.knob} {knobs[0]}"
     return f"{method}\n  {source}\n  {_default_size(method, num_embeddings, embedding_dim)}; {span}\n"
 
 
@@ -373,7 +373,6 @@ def demo(
     with display() as shown:
         result = demo(out, seed=seed, progress=shown.line)
     typer.echo(result)
-    typer.echo(f"written: {out}")
 
 
 def _use_threads(threads: int | None) -> None:

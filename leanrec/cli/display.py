@@ -52,7 +52,7 @@ class Bar:
 
     def line(self, text: str) -> None:
         """Print above the bar."""
-        self.progress.console.print(text, highlight=False, markup=False)
+        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def work(self, description: str, done: int, total: int | None = None) -> None:
         """Move the bar; another description begins a new one."""
@@ -113,7 +113,7 @@ def _evaluation(entry: dict[str, float]) -> str:
     """An entry of a training's history in words."""
     quality = f"validation AUC {entry['auc']:.5f}, log loss {entry['logloss']:.5f}"
     if not entry["step"]:
-        return f"before the first step: {quality}"
+        return f"before tuning: {quality}"
     return f"epoch {entry['epoch'] + 1}, step {entry['step']:,}: training loss {entry['loss']:.5f}, {quality}"
 
 

@@ -13,7 +13,7 @@ import typer
 from leanrec.cli.commands import app
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-RESUMING = ("train", "compress", "bench")
+RESUMING = ("train", "compress", "bench", "demo")
 EXTRAS = {"matplotlib": "plot"}
 
 # The class of all mistakes on a command line is click's, which newer versions of Typer carry inside: its subclass is the way to it in all of them.

@@ -1,0 +1,301 @@
+"""The command line: what it parses, which values reach the functions, and what it prints."""
+
+import inspect
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from leanrec.cli import run
+from leanrec.cli.commands import app
+from leanrec.cli.display import Log, show_training
+from leanrec.cli.values import methods_from, settings_from, shape_from
+from leanrec.methods import METHODS
+from leanrec.train import Progress, TrainSettings
+from leanrec.tune import TUNING
+
+COMMANDS = {command.callback.__name__: command for command in app.registered_commands}
+PROJECT = Path(__file__).parents[1]
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+MECHANICAL_SETTINGS = {"keep_initial", "checkpoint_steps"}  # no user's choice: what tuning does, and how often a run is kept
+
+
+def _done(capsys, *arguments: str) -> str:
+    """What a command prints that ends well and says nothing on stderr."""
+    code = run(arguments)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+def _parse(line: str) -> None:
+    """Parse a command line as the shell and the program would, and do nothing."""
+    name, *arguments = shlex.split(line.replace("\\\n", " "), comments=True)[1:]
+    command = typer.main.get_command(app).commands[name]
+    command.make_context(name, arguments)
+
+
+def _examples(name: str) -> list[str]:
+    return [line.strip() for line in COMMANDS[name].epilog.splitlines() if line.strip().startswith("leanrec ")]
+
+
+def _command_lines(page: Path) -> list[str]:
+    """The lines of a page's shell blocks that begin with `leanrec`, those that go on with a backslash joined."""
+    blocks = re.findall(r"^```(?:bash|sh|console|text)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?leanrec [a-z]", line)]
+
+
+@pytest.fixture(scope="module")
+def base(small_log, tmp_path_factory) -> Path:
+    """A small trained run."""
+    out = tmp_path_factory.mktemp("runs") / "base"
+    assert run(["train", str(small_log), "--model", "fm", "--set", "embedding_dim=8", "--epochs", "2", "--batch-size", "512", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_examples_that_the_command_accepts(name, capsys):
+    help_page = _done(capsys, name, "--help")
+    assert _examples(name)
+    for example in _examples(name):
+        assert example in help_page
+        assert example.split()[:2] == ["leanrec", name]
+        _parse(example)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_command_lines_of_the_pages_are_accepted(page):
+    for line in _command_lines(page):
+        _parse(line)
+
+
+def test_no_command_prints_the_help(capsys):
+    assert _done(capsys) == _done(capsys, "--help")
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert re.fullmatch(r"leanrec \d+\.\d+\.\d+\n", _done(capsys, "--version"))
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys; from leanrec.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_training_options_are_the_settings_with_their_defaults():
+    options = inspect.signature(COMMANDS["train"].callback).parameters
+    for setting in fields(TrainSettings):
+        if setting.name not in MECHANICAL_SETTINGS:
+            assert options[setting.name].default == setting.default, setting.name
+
+
+def test_tuning_options_have_the_defaults_of_the_library():
+    options = inspect.signature(COMMANDS["compress"].callback).parameters
+    assert (options["tune_epochs"].default, options["tune_learning_rate"].default) == (TUNING.epochs, TUNING.learning_rate)
+
+
+def test_setting_is_a_literal_or_a_word():
+    texts = ["embedding_dim=16", "hidden_units=[400, 400]", "structure=stacked", "dropout=0.5", "layer_norm=true", "name='a b'"]
+    expected = {"embedding_dim": 16, "hidden_units": [400, 400], "structure": "stacked", "dropout": 0.5, "layer_norm": True, "name": "a b"}
+    assert settings_from(texts) == expected
+
+
+@pytest.mark.parametrize("text", ["embedding_dim", "=3", "hidden_units=[400,", "a b=3", "x=__import__('os')", "x=2x"])
+def test_setting_that_is_no_pair_or_no_literal_is_refused(text):
+    with pytest.raises(typer.BadParameter, match="--set"):
+        settings_from([text])
+
+
+def test_one_method_is_for_all_tables_and_patterns_keep_their_order():
+    assert methods_from(["PQ(num_subspaces=8)"]) == "PQ(num_subspaces=8)"
+    assert methods_from(["*.item=PQ(num_subspaces=8)", "*.user = None"]) == {"*.item": "PQ(num_subspaces=8)", "*.user": None}
+    assert list(methods_from(["*.b=PQ()", "*=Full()"])) == ["*.b", "*"]
+    assert methods_from(["*=Full()"]) == {"*": "Full()"}
+
+
+def test_several_methods_without_patterns_are_refused():
+    with pytest.raises(typer.BadParameter, match=r"'PQ\(\)'.*each needs its tables"):
+        methods_from(["*.item=Full()", "PQ()"])
+
+
+def test_shape_is_rows_by_dimension():
+    assert shape_from("1000000x32") == shape_from("1_000_000x32") == shape_from("1,000,000X32") == (1_000_000, 32)
+    for wrong in ("1000", "0x8", "8x0", "8 by 8"):
+        with pytest.raises(typer.BadParameter, match="ROWSxDIMENSION"):
+            shape_from(wrong)
+
+
+def test_log_tells_every_tenth_of_the_work_once(capsys):
+    log = Log(seconds=0)
+    for done in range(1, 201):
+        log.work("table user", done, 200)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "table user: 1 of 200 (0%)"
+    assert lines[1:] == [f"table user: {20 * tenth} of 200 ({tenth}0%)" for tenth in range(1, 11)]
+
+
+def test_log_tells_every_million_of_rows_that_nobody_counted(capsys):
+    log = Log(seconds=0)
+    for done in range(400_000, 2_400_000, 400_000):
+        log.work("reading", done)
+    assert capsys.readouterr().out.splitlines() == ["reading: 400,000", "reading: 1,200,000", "reading: 2,000,000"]
+
+
+def test_log_is_silent_on_short_work(capsys):
+    log = Log(seconds=60)
+    log.work("reading", 1_000_000)
+    assert capsys.readouterr().out == ""
+
+
+def test_every_evaluation_is_told_once(small_log, capsys):
+    on_step = show_training(Log(seconds=60), lambda: small_log, batch_size=512, epochs=3)
+    history = [{"epoch": 0, "step": 0, "loss": 0.0, "auc": 0.5, "logloss": 0.7}, {"epoch": 0, "step": 12, "loss": 0.6, "auc": 0.75, "logloss": 0.5}]
+    for entries in (history[:1], history[:1], history):
+        on_step(Progress(history=entries))
+    assert capsys.readouterr().out.splitlines() == [
+        "before tuning: validation AUC 0.50000, log loss 0.70000",
+        "epoch 1, step 12: training loss 0.60000, validation AUC 0.75000, log loss 0.50000",
+    ]
+
+
+def test_bar_knows_the_batches_of_an_epoch(small_log):
+    shown = []
+
+    class Recorder:
+        def line(self, text):
+            raise AssertionError(text)
+
+        def work(self, description, done, total=None):
+            shown.append((description, done, total))
+
+    show_training(Recorder(), lambda: small_log, batch_size=512, epochs=3)(Progress(epoch=1, batch=5))
+    assert shown == [("epoch 2 of at most 3", 5, 12)]  # 6,000 rows in batches of 512
+
+
+def test_prepare_prints_what_it_inferred(tmp_path, capsys):
+    rows = [f"u{number % 7},i{number % 11},{number / 8},{number % 2}" for number in range(200)]
+    (tmp_path / "clicks.csv").write_text("\n".join(["user,item,price,label", *rows]) + "\n")
+    out = _done(capsys, "prepare", str(tmp_path / "clicks.csv"), "--out", str(tmp_path / "data"))
+    record = json.loads((tmp_path / "data" / "run.json").read_text())
+    words = {line.split()[0]: line.split() for line in out.splitlines() if line}
+    assert words["user"][1] == "categorical" and words["price"][1] == "numeric" and words["label"][1] == "label"
+    assert words["user"][-1] == "9"  # 7 users, padding and unknown
+    assert f"train {record['rows']['train']}" in out
+
+
+def test_prepare_takes_every_option_of_the_function():
+    from leanrec.data.prepare import prepare
+
+    renamed = {"kinds": "kind"}
+    options = inspect.signature(COMMANDS["prepare"].callback).parameters
+    wanted = [renamed.get(name, name) for name in inspect.signature(prepare).parameters if name != "progress"]
+    assert sorted(wanted) == sorted(options)
+
+
+def test_train_prints_what_the_run_keeps(base, small_log, capsys):
+    record = json.loads((base / "run.json").read_text())
+    same = ["train", str(small_log), "--model", "fm", "--set", "embedding_dim=8", "--epochs", "2", "--batch-size", "512", "--out", str(base)]
+    written = (base / "model.safetensors").stat().st_mtime_ns
+    out = _done(capsys, *same)
+    assert (base / "model.safetensors").stat().st_mtime_ns == written  # a finished run is not repeated
+    assert f"validation AUC {record['valid']['auc']:.5f}" in out
+    assert record["settings"]["model_settings"] == {"embedding_dim": 8}
+
+
+def test_train_tells_every_evaluation(small_log, tmp_path, capsys):
+    out = _done(capsys, "train", str(small_log), "--model", "lr", "--epochs", "3", "--patience", "9", "--out", str(tmp_path / "lr"))
+    history = json.loads((tmp_path / "lr" / "run.json").read_text())["history"]
+    assert len(history) == 3
+    for entry in history:
+        assert f"validation AUC {entry['auc']:.5f}" in out
+
+
+def test_compress_prints_bytes_and_quality(base, tmp_path, capsys):
+    out = _done(
+        capsys, "compress", str(base), "--method", "PQ(num_subspaces=2, num_centroids=16)", "--tune-epochs", "1", "--out", str(tmp_path / "pq")
+    )
+    record = json.loads((tmp_path / "pq" / "run.json").read_text())
+    assert f"{record['report']['tables']:,}" in out
+    assert f"validation AUC {record['valid']['auc']:.5f} (before tuning {record['valid']['auc_untuned']:.5f})" in out
+
+
+def test_compress_takes_a_method_per_table(base, tmp_path, capsys):
+    methods = ["--method", "*item=PQ(num_subspaces=2)", "--method", "*=None"]
+    _done(capsys, "compress", str(base), *methods, "--tune-epochs", "0", "--out", str(tmp_path / "mixed"))
+    record = json.loads((tmp_path / "mixed" / "run.json").read_text())
+    compressed = {path for path, method in record["methods"].items() if method is not None}
+    assert compressed == {path for path in record["methods"] if path.endswith("item")}
+    assert record["tuning"] is None
+
+
+def test_compress_reaches_a_ratio(base, tmp_path, capsys):
+    _done(capsys, "compress", str(base), "--method", "PQ()", "--ratio", "4", "--tune-epochs", "0", "--out", str(tmp_path / "small"))
+    assert json.loads((tmp_path / "small" / "run.json").read_text())["report"]["ratio"] >= 4
+
+
+def test_evaluate_prints_a_table_or_json(base, capsys):
+    table = _done(capsys, "evaluate", str(base), "--against", str(base))
+    values = json.loads(_done(capsys, "evaluate", str(base), "--against", str(base), "--json"))
+    assert f"{values['evaluation']['auc']:.5f}" in table
+    assert values["comparison"]["auc"]["difference"] == 0.0
+    assert json.loads(_done(capsys, "evaluate", str(base), "--json"))["comparison"] is None
+
+
+def test_report_counts_the_bytes_of_the_tables(base, capsys):
+    values = json.loads(_done(capsys, "report", str(base), "--json"))
+    assert f"{values['tables']:,}" in _done(capsys, "report", str(base))
+    assert values["tables"] == (202 + 102 + 12) * 8 * 4  # float32 vectors of the three vocabularies
+
+
+def test_methods_lists_every_method_with_its_bytes(capsys):
+    out = _done(capsys, "methods", "--shape", "1000x16")
+    assert "64,000 bytes as float32" in out
+    for method in METHODS.values():
+        assert repr(method()) in out
+        assert f"{method().nbytes(1000, 16):,} bytes" in out
+        assert method.knob in out
+
+
+def test_methods_of_an_odd_dimension_say_what_does_not_fit(capsys):
+    assert "does not fit as it stands" in _done(capsys, "methods", "--shape", "1000x7")
+
+
+def test_threads_are_those_that_were_asked_for(small_log, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        assert run(["train", str(small_log), "--model", "lr", "--epochs", "1", "--threads", "2", "--out", str(tmp_path / "lr")]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_own_model_is_found_where_the_command_is_given(small_log, tmp_path):
+    source = "from leanrec.models.fm import FM\n\ndef build(schema, embedding_dim=4):\n    return FM(schema, embedding_dim=embedding_dim)\n"
+    (tmp_path / "my_models.py").write_text(source)
+    command = [sys.executable, "-m", "leanrec", "train", str(small_log), "--model", "my_models:build", "--epochs", "1", "--out", "mine"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "mine" / "run.json").is_file()
+
+
+def test_reader_that_goes_away_is_no_error():
+    script = "import sys; from leanrec.cli import run; sys.exit(run(['methods']))"
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} | head -n 1"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stderr == ""
+
+
+def test_bench_writes_the_table_of_the_results(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    out = _done(capsys, "bench", "--out", str(tmp_path), "--table")
+    assert out == f"written: {tmp_path / 'README.md'}\n"
+    assert (tmp_path / "README.md").read_text().startswith("# Benchmarks")
