@@ -58,7 +58,7 @@ def like(module: EmbeddingModule, table: Table) -> nn.Module:
     return table
 
 
-def row_chunks(module: EmbeddingModule, *, chunk_rows: int = 65_536) -> Iterator[Tensor]:
+def row_chunks(module: EmbeddingModule, *, chunk_rows: int = 16_384) -> Iterator[Tensor]:
     """The rows of a table without pooling, (N, D) at a time, without gradients."""
     held = unpooled(module)
     for start in range(0, held.num_embeddings, chunk_rows):

@@ -1,5 +1,8 @@
 import copy
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,3 +345,25 @@ def test_training_reaches_the_compressed_tables():
     model(*batch()).square().sum().backward()
     optimizer.step()
     assert all(not torch.equal(getattr(module, "table", module).decode(), before[path]) for path, module in tables(model).items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory of one process is read from Linux's /proc")
+def test_extra_memory_does_not_grow_with_the_rows():
+    """A copy of the larger table alone would add 49 MiB; what its codes take is half a MiB."""
+    script = """
+import re, sys
+from torch import nn
+from leanrec.compress import compress
+from leanrec.methods import PQ
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) / 1024
+
+model = nn.ModuleDict({"user": nn.Embedding(int(sys.argv[1]), 32)})
+before = peak()
+compress(model, PQ(num_subspaces=2, num_centroids=16))
+print(peak() - before)
+"""
+    runs = [subprocess.run([sys.executable, "-c", script, rows], capture_output=True, text=True, check=True) for rows in ("100000", "500000")]
+    small, large = (float(run.stdout) for run in runs)  # MiB
+    assert large - small < 25
