@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from leanrec.cli import run
 from leanrec.cli.commands import app
 from leanrec.cli.display import Log, show_training
 from leanrec.cli.values import methods_from, settings_from, shape_from
+from leanrec.data.prepare import prepare
 from leanrec.methods import METHODS
 from leanrec.train import Progress, TrainSettings
 from leanrec.tune import TUNING
@@ -191,13 +192,103 @@ def test_prepare_prints_what_it_inferred(tmp_path, capsys):
     assert f"train {record['rows']['train']}" in out
 
 
-def test_prepare_takes_every_option_of_the_function():
-    from leanrec.data.prepare import prepare
+@pytest.fixture
+def passed(monkeypatch, capsys):
+    """Runs a command line up to the public function, and gives what the function was called with, callbacks left out."""
 
-    renamed = {"kinds": "kind"}
-    options = inspect.signature(COMMANDS["prepare"].callback).parameters
-    wanted = [renamed.get(name, name) for name in inspect.signature(prepare).parameters if name != "progress"]
-    assert sorted(wanted) == sorted(options)
+    def call(function: str, line: str) -> tuple:
+        calls = []
+
+        def record(*arguments, **options):
+            calls.append((*arguments, {name: value for name, value in options.items() if not callable(value)}))
+            raise ValueError("recorded")
+
+        monkeypatch.setattr(function, record)
+        assert run(shlex.split(line)) == 1
+        assert capsys.readouterr().err == "error: recorded\n"
+        return calls[0]
+
+    return call
+
+
+def test_prepare_passes_every_option_on(passed):
+    line = (
+        "prepare a.csv b.csv --out data --valid v.csv --test t.csv --config c.toml --format csv --delimiter ; --no-header --columns x,y "
+        "--kind x=label --kind y=numeric --min-count 3 --min-count y=4 --max-length 7 --numeric log-bucket --split 0.7,0.2,0.1 --split-by y "
+        "--seed 5 --on-bad-row skip"
+    )
+    inputs, out, options = passed("leanrec.data.prepare.prepare", line)
+    assert (inputs, out) == (["a.csv", "b.csv"], Path("data"))
+    assert options == {
+        "valid": ["v.csv"],
+        "test": ["t.csv"],
+        "config": Path("c.toml"),
+        "format": "csv",
+        "delimiter": ";",
+        "header": False,
+        "columns": "x,y",
+        "kinds": ["x=label", "y=numeric"],
+        "min_count": ["3", "y=4"],
+        "max_length": 7,
+        "numeric": "log-bucket",
+        "split": "0.7,0.2,0.1",
+        "split_by": "y",
+        "seed": 5,
+        "on_bad_row": "skip",
+    }
+    assert options.keys() == inspect.signature(prepare).parameters.keys() - {"inputs", "out", "progress"}
+
+
+def test_train_passes_every_option_on(passed):
+    line = (
+        "train data --out run --model fm --set embedding_dim=3 --tables other --epochs 2 --batch-size 3 --learning-rate 0.4 "
+        "--table-learning-rate 0.5 --l2 0.6 --evaluations-per-epoch 7 --patience 8 --learning-rate-decay 0.9 --seed 10"
+    )
+    data, out, options = passed("leanrec.train.train_run", line)
+    assert (data, out) == (Path("data"), Path("run"))
+    settings = TrainSettings(
+        epochs=2,
+        batch_size=3,
+        learning_rate=0.4,
+        table_learning_rate=0.5,
+        l2=0.6,
+        evaluations_per_epoch=7,
+        patience=8,
+        learning_rate_decay=0.9,
+        seed=10,
+    )
+    assert options == {"model": "fm", "model_settings": {"embedding_dim": 3}, "settings": settings, "tables": Path("other")}
+
+
+def test_compress_passes_every_option_on(passed):
+    line = "compress base --out run --method PQ() --ratio 4 --nbytes 5 --tune-epochs 6 --tune-learning-rate 0.7 --seed 8"
+    run_folder, out, options = passed("leanrec.tune.compress_run", line)
+    assert (run_folder, out) == (Path("base"), Path("run"))
+    tuning = replace(TUNING, epochs=6, learning_rate=0.7)
+    assert options == {"method": "PQ()", "ratio": 4.0, "nbytes": 5, "tuning": tuning, "seed": 8}
+
+
+def test_compress_without_epochs_of_tuning_does_not_tune(passed):
+    _, _, options = passed("leanrec.tune.compress_run", "compress base --out run --tune-epochs 0")
+    assert options == {"method": "MEC()", "ratio": None, "nbytes": None, "tuning": None, "seed": 0}
+
+
+def test_evaluate_passes_every_option_on(passed):
+    run_folder, options = passed(
+        "leanrec.evaluate.evaluate_run", "evaluate base --against full --split valid --popularity item --out result --seed 3"
+    )
+    assert run_folder == Path("base")
+    assert options == {"out": Path("result"), "against": Path("full"), "split": "valid", "popularity": "item", "seed": 3}
+
+
+def test_bench_passes_every_option_on(passed):
+    experiments, options = passed("leanrec.bench.bench", "bench a.toml b.toml --logs logs --out here --jobs 3")
+    assert experiments == [Path("a.toml"), Path("b.toml")]
+    assert options == {"logs": Path("logs"), "results": Path("here/results"), "work": Path("here/work"), "num_jobs": 3}
+
+
+def test_demo_passes_every_option_on(passed):
+    assert passed("leanrec.demo.demo", "demo --out here --seed 4") == (Path("here"), {"seed": 4})
 
 
 def test_train_prints_what_the_run_keeps(base, small_log, capsys):
@@ -280,7 +371,9 @@ def test_threads_are_those_that_were_asked_for(small_log, tmp_path):
 def test_own_model_is_found_where_the_command_is_given(small_log, tmp_path):
     source = "from leanrec.models.fm import FM\n\ndef build(schema, embedding_dim=4):\n    return FM(schema, embedding_dim=embedding_dim)\n"
     (tmp_path / "my_models.py").write_text(source)
-    command = [sys.executable, "-m", "leanrec", "train", str(small_log), "--model", "my_models:build", "--epochs", "1", "--out", "mine"]
+    # As an installed script, which does not look for modules in the current folder by itself.
+    script = "import sys; sys.path.remove(''); from leanrec.cli import main; main()"
+    command = [sys.executable, "-c", script, "train", str(small_log), "--model", "my_models:build", "--epochs", "1", "--out", "mine"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "mine" / "run.json").is_file()

@@ -23,7 +23,7 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=
 
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write. It appears, whole, when the work is done.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `leanrec train` or `leanrec compress` wrote.")]
-Seed = Annotated[int, typer.Option(metavar="NUMBER", help="Source of all that is drawn at random: the same seed gives the same result.")]
+Seed = Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Source of all that is drawn at random: the same seed gives the same result.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with.  [default: all cores]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -97,7 +97,7 @@ def prepare(
     split_by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Split by this time, the newest rows into the test.  [default: at random]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="NUMBER", help="Decides the random split.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", min=0, help="Decides the random split.  [default: 0]")] = None,
     on_bad_row: Annotated[str | None, typer.Option(metavar="NAME", help="error, or skip to leave out and count.  [default: error]")] = None,
 ) -> None:
     """Turn a raw click log into ids, counts and Parquet."""
