@@ -1,1 +1,33 @@
 """leanrec makes recommenders many times smaller without losing quality."""
+
+from leanrec.bag import TableBag
+from leanrec.budget import fit_budget
+from leanrec.compress import compress
+from leanrec.embeddings import tables
+from leanrec.methods import MEC, METHODS, PQ, RQ, Full, Hash, LowRank, Method, Scalar, Table, parse
+from leanrec.move import move_tables
+from leanrec.report import Report, report
+from leanrec.storage import load, save
+
+__all__ = [
+    "MEC",
+    "METHODS",
+    "PQ",
+    "RQ",
+    "Full",
+    "Hash",
+    "LowRank",
+    "Method",
+    "Report",
+    "Scalar",
+    "Table",
+    "TableBag",
+    "compress",
+    "fit_budget",
+    "load",
+    "move_tables",
+    "parse",
+    "report",
+    "save",
+    "tables",
+]

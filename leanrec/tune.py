@@ -61,7 +61,7 @@ def compress_run(
     arguments = {"run": run, "method": method, "ratio": ratio, "nbytes": nbytes, "tuning": tuning and asdict(tuning), "seed": seed}
     if runs.is_finished(out, command="compress", settings=arguments):
         return runs.load(out)
-    recommender, parsed = open_run(run), parse(method) if isinstance(method, str) else {glob: text and parse(text) for glob, text in method.items()}
+    recommender, parsed = open_run(run), _parsed(method)
     with runs.create(out, command="compress", settings=arguments, resumable=True) as current:
         fitted = current.folder / FITTED_FILE
         if fitted.exists():
@@ -100,6 +100,13 @@ def fit(
         method = fit_budget(recommender.model, method, ratio=ratio, nbytes=nbytes, counts=counts)
     plan = method if isinstance(method, Method) else dict(method)
     recommender.model = compress(recommender.model, plan, counts=counts, seed=seed, progress=progress)
+
+
+def _parsed(method: str | Mapping[str, str | None]) -> Method | dict[str, Method | None]:
+    """Methods for their text forms."""
+    if isinstance(method, str):
+        return parse(method)
+    return {glob: None if text is None else parse(text) for glob, text in method.items()}
 
 
 def size_report(recommender: Recommender) -> Report:

@@ -91,7 +91,10 @@ def _row(results: Sequence[Result]) -> str:
 
 
 def _difference(results: Sequence[Result]) -> str:
-    """Mean AUC difference over seeds and its interval."""
+    """Mean AUC difference over seeds and its interval; of a single seed, the interval over its rows."""
+    if len(results) == 1:
+        quality = results[0]["quality"]
+        return f"{quality['auc_diff']:+.4f} [{quality['auc_diff_low']:+.4f}, {quality['auc_diff_high']:+.4f}]"
     differences = [result["quality"]["auc_diff"] for result in results]
     errors = [(result["quality"]["auc_diff_high"] - result["quality"]["auc_diff_low"]) / 2 / 1.959964 for result in results]
     interval = combine_seeds(differences, errors)

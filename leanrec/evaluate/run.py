@@ -38,10 +38,11 @@ def evaluate_run(
         ValueError: A run cannot be opened, the runs are of different logs, or the field is not there.
     """
     out = out or run / ("evaluate-" + split + (f"-against-{against.name}" if against else ""))
-    baseline = None if against is None else runs.load(against)["recommender"]["data"]
-    recommender = open_run(run)
-    if baseline is not None and baseline != str(recommender.data):
-        raise ValueError(f"{against}: was trained on {baseline}, {run} on {recommender.data}. Rows can be compared only within one prepared log.")
+    recommender, baseline = open_run(run), open_run(against) if against is not None else None
+    if baseline is not None and baseline.data != recommender.data:
+        raise ValueError(
+            f"{against}: was trained on {baseline.data}, {run} on {recommender.data}. Rows can be compared only within one prepared log."
+        )
     field = _popularity_field(recommender.schema, popularity)
     models = [runs.fingerprint([folder / MODEL_FILE]) for folder in (run, against) if folder is not None]
     settings = {"run": run, "against": against, "split": split, "popularity": field, "seed": seed, "models": models}
@@ -53,7 +54,7 @@ def evaluate_run(
         labels, logits = predict(recommender.model, loader)
         ids, counts = (None, None) if field is None else _popularity(recommender, loader, field)
         evaluation = evaluate_predictions(labels, logits, bucket_ids=ids, counts=counts)
-        comparison = None if against is None else compare_predictions(labels, logits, predict(open_run(against).model, loader)[1], seed=seed)
+        comparison = None if baseline is None else compare_predictions(labels, logits, predict(baseline.model, loader)[1], seed=seed)
         current.results.update(evaluation=evaluation.to_dict(), comparison=comparison and comparison.to_dict())
     return evaluation, comparison
 

@@ -50,6 +50,19 @@ class MEC(PQ):
     num_steps: int = 300
     batch_size: int = 512
 
+    def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        if self.temperature <= 0 or min(self.num_negatives, self.batch_size) < 1 or self.num_steps < 0:
+            raise ValueError(
+                f"MEC has temperature={self.temperature}, num_negatives={self.num_negatives}, batch_size={self.batch_size}, "
+                f"num_steps={self.num_steps}. The first must be above 0, the next two at least 1, the last at least 0."
+            )
+        if min(self.reconstruction, self.balance, self.contrastive) < 0:
+            raise ValueError(
+                f"MEC has reconstruction={self.reconstruction}, balance={self.balance}, contrastive={self.contrastive}. "
+                "A weight of a loss is 0 or more."
+            )
+        return super().nbytes(num_embeddings, embedding_dim)
+
     def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> MECTable:
         self.nbytes(num_embeddings, embedding_dim)
         return MECTable(self, num_embeddings, embedding_dim, generator=generator)

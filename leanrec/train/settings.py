@@ -37,3 +37,11 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "evaluations_per_epoch", "patience", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("learning_rate", "table_learning_rate", "learning_rate_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} must be a number above 0.")
+        if not 0 <= self.l2 < float("inf"):
+            raise ValueError(f"l2={self.l2} must be 0 or more.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1.")

@@ -106,10 +106,10 @@ def test_learning_keeps_the_error_near_that_of_k_means_and_stores_as_pq_does():
 
 def test_the_balance_loss_evens_out_the_use_of_codes():
     weight, counts = clustered_table()
-    weight[: V // 2] *= 0.05  # half of the rows crowd around the origin
-    balanced = replace(FAST, balance=1.0, contrastive=0.0, num_steps=200).build(V, D).fit(weight, counts)
+    weight[: V // 2] *= 0.3  # half of the rows crowd around the origin
+    balanced = replace(FAST, balance=1.0, temperature=0.3, contrastive=0.0, num_steps=200).build(V, D).fit(weight, counts)
     unbalanced = replace(FAST, balance=0.0, contrastive=0.0, num_steps=200).build(V, D).fit(weight, counts)
-    assert perplexity(balanced, counts) > perplexity(unbalanced, counts) + 0.2
+    assert perplexity(balanced, counts) > perplexity(unbalanced, counts) + 0.3
 
 
 @pytest.mark.parametrize("switched_off", ["reconstruction", "balance", "contrastive"])
@@ -147,3 +147,9 @@ def test_dead_codes_start_again_at_badly_represented_rows():
     moved = (learner.codebooks != before).any(-1)
     assert moved.nonzero().tolist() == [[0, 3]]
     assert not learner.used.any()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"num_steps": -1}, {"num_negatives": 0}, {"balance": -0.1}])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        MEC(**settings).build(V, D)

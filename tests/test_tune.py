@@ -1,0 +1,142 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from leanrec import runs
+from leanrec.compress import compress
+from leanrec.evaluate import evaluate_run
+from leanrec.methods import PQ
+from leanrec.recommender import open_run, table_counts
+from leanrec.report import report
+from leanrec.train import TrainSettings, train_run
+from leanrec.tune import TUNING, compress_run, fit
+
+MODEL = {"embedding_dim": 8, "hidden_units": [16]}
+SHORT = replace(TUNING, epochs=1, batch_size=500, evaluations_per_epoch=2)
+
+
+@pytest.fixture(scope="module")
+def base(small_log, tmp_path_factory):
+    """A trained run on the small log."""
+    out = tmp_path_factory.mktemp("runs") / "base"
+    train_run(small_log, out, model="deepfm", model_settings=MODEL, settings=TrainSettings(epochs=3, batch_size=256, table_learning_rate=3e-2))
+    return out
+
+
+def test_a_compressed_run_opens_with_its_tables_and_keeps_its_record(base, tmp_path):
+    record = compress_run(base, tmp_path / "small", method="PQ(num_subspaces=2, num_centroids=16)", tuning=SHORT)
+    assert set(record["methods"].values()) == {"PQ(num_subspaces=2, num_centroids=16, weight_power=0.5)"}
+    small, full = open_run(tmp_path / "small"), open_run(base)
+    assert report(small.model).tables == record["report"]["tables"] < report(full.model).tables / 2
+    assert record["report"]["vocabulary"] > 0
+    assert sorted(path.name for path in (tmp_path / "small").iterdir()) == ["model.safetensors", "run.json", "schema.json"]
+
+
+def test_tuning_keeps_the_best_of_the_untuned_and_the_tuned(base, tmp_path):
+    record = compress_run(base, tmp_path / "tuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=SHORT)
+    history = [entry["auc"] for entry in record["tuning"]["history"]]
+    assert record["valid"]["auc"] == max(history)
+    assert record["valid"]["auc_untuned"] == history[0]
+    untuned = compress_run(base, tmp_path / "untuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=None)
+    assert untuned["valid"]["auc"] == pytest.approx(history[0], abs=1e-12)
+    assert untuned["tuning"] is None
+
+
+def test_a_ratio_is_reached_by_choosing_settings_for_each_table(base, tmp_path):
+    record = compress_run(base, tmp_path / "small", method="PQ()", ratio=6, tuning=None)
+    assert record["report"]["tables"] <= record["report"]["tables_full"] / 6
+    with pytest.raises(ValueError, match="goes with one method for all tables"):
+        compress_run(base, tmp_path / "other", method={"*": "PQ()"}, ratio=6, tuning=None)
+
+
+def test_methods_by_glob_leave_other_tables_alone(base, tmp_path):
+    record = compress_run(base, tmp_path / "small", method={"*.user": "PQ(num_subspaces=2, num_centroids=16)", "*.item": None}, tuning=None)
+    assert {path.rsplit(".", 1)[1]: text is None for path, text in record["methods"].items()} == {"user": False, "item": True, "tags": True}
+
+
+def test_counts_of_the_log_reach_the_fit(base):
+    """Rows that are looked up often are represented better: the look-up-weighted error is lower with counts than without."""
+    recommender, original = open_run(base), open_run(base)
+    assert {path.rsplit(".", 1)[1] for path in table_counts(recommender)} == {"user", "item", "tags"}
+    fit(recommender, PQ(num_subspaces=2, num_centroids=8))
+    counts = table_counts(original)
+    weighted = report(recommender.model, original=original.model, counts=counts)
+    unweighted = report(compress(open_run(base).model, PQ(num_subspaces=2, num_centroids=8)), original=original.model, counts=counts)
+    user = next(index for index, row in enumerate(weighted.rows) if row.path.endswith("user"))
+    assert weighted.rows[user].error < unweighted.rows[user].error
+
+
+def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(base, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(progress):
+        if progress.step == 3:
+            raise Killed
+
+    method, tables = "PQ(num_subspaces=2, num_centroids=16)", []
+    settings = replace(SHORT, checkpoint_steps=2)
+    undisturbed = compress_run(base, tmp_path / "undisturbed", method=method, tuning=settings)
+    with pytest.raises(Killed):
+        compress_run(base, tmp_path / "small", method=method, tuning=settings, on_step=kill)
+    assert not (tmp_path / "small").exists()
+    steps = []
+    record = compress_run(
+        base,
+        tmp_path / "small",
+        method=method,
+        tuning=settings,
+        on_table=lambda *state: tables.append(state),
+        on_step=lambda state: steps.append(state.step),
+    )
+    assert tables == []
+    assert steps[0] == 3
+    assert record["tuning"] == undisturbed["tuning"]
+
+
+def test_a_finished_compression_is_not_repeated(base, tmp_path):
+    first = compress_run(base, tmp_path / "small", method="Scalar()", tuning=None)
+    tables = []
+    assert compress_run(base, tmp_path / "small", method="Scalar()", tuning=None, on_table=lambda *state: tables.append(state)) == first
+    assert tables == []
+
+
+def test_a_compressed_run_gives_its_tables_to_another_model_with_the_codes_frozen(small_log, base, tmp_path):
+    compress_run(base, tmp_path / "small", method="MEC(num_subspaces=2, num_centroids=16, num_steps=20)", tuning=None)
+    train_run(
+        small_log,
+        tmp_path / "target",
+        model="ipnn",
+        model_settings=MODEL,
+        settings=TrainSettings(epochs=1, batch_size=500),
+        tables=tmp_path / "small",
+    )
+    source, target = (dict(open_run(tmp_path / name).model.named_buffers()) for name in ("small", "target"))
+    name = next(name for name in source if name.endswith("user.packed_codes"))
+    assert torch.equal(source[name], next(buffer for path, buffer in target.items() if path.endswith("user.packed_codes")))
+
+
+def test_evaluate_compares_with_another_run_and_keeps_the_answer(base, tmp_path):
+    compress_run(base, tmp_path / "small", method="Scalar(num_bits=2)", tuning=None)
+    evaluation, comparison = evaluate_run(tmp_path / "small", against=base)
+    alone, nothing = evaluate_run(base)
+    assert nothing is None
+    assert evaluation.auc - alone.auc == pytest.approx(comparison.auc.difference, abs=1e-9)
+    assert comparison.auc.low <= comparison.auc.difference <= comparison.auc.high
+    assert sum(bucket.rows for bucket in evaluation.buckets.values()) == evaluation.rows == 2000
+    assert evaluate_run(tmp_path / "small", against=base) == (evaluation, comparison)
+    assert runs.load(tmp_path / "small" / "evaluate-test-against-base")["command"] == "evaluate"
+    with pytest.raises(ValueError, match=r"no categorical field of that name. Choose one of .'user', 'item'"):
+        evaluate_run(base, popularity="itme")
+
+
+def test_runs_of_different_logs_cannot_be_compared(small_log, base, tmp_path):
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for path in base.iterdir():
+        if path.is_file():
+            text = path.read_bytes()
+            (copied / path.name).write_bytes(text.replace(str(small_log).encode(), b"/elsewhere") if path.name == "run.json" else text)
+    with pytest.raises(ValueError, match="can be compared only within one prepared log"):
+        evaluate_run(base, against=copied)
