@@ -16,7 +16,7 @@ from leanrec.ops.additive import improve_codes, level_means, residual_codebooks,
 from leanrec.ops.kmeans import sample_rows
 from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
 
-_SAMPLE_ROUNDS = 4
+_SAMPLE_ROUNDS = 6
 # Words compared per row and level, which set the width of the beam: a wider one finds better codes and takes longer in proportion.
 _FIRST_SEARCH, _LAST_SEARCH = 1024, 2048
 _MAX_BEAM = 16

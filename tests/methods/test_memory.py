@@ -1,0 +1,35 @@
+import subprocess
+import sys
+
+import pytest
+
+MIB = 2**20
+
+# A weight of V rows that takes the memory of V numbers: row i is a window of a long vector. What grows with V is then what the fit holds.
+PROGRAM = """
+import resource, sys, torch
+from leanrec.methods import parse
+torch.set_num_threads(1)
+num_embeddings, embedding_dim = int(sys.argv[2]), 64
+weight = torch.randn(num_embeddings + embedding_dim, generator=torch.Generator().manual_seed(0)).as_strided((num_embeddings, embedding_dim), (1, 1))
+table = parse(sys.argv[1]).build(num_embeddings, embedding_dim)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+table.fit(weight)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def peak_of_fit(method, num_embeddings):
+    run = subprocess.run([sys.executable, "-c", PROGRAM, method, str(num_embeddings)], capture_output=True, text=True, check=True)
+    return int(run.stdout)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["Scalar(num_bits=8)", "PQ(num_subspaces=2, num_centroids=16)", "RQ(num_levels=2, num_centroids=4)", "LowRank(rank=1)", "Hash(num_buckets=64)"],
+)
+def test_peak_memory_of_a_fit_does_not_grow_with_the_table(method):
+    more_rows = 200_000
+    growth = peak_of_fit(method, 50_000 + more_rows) - peak_of_fit(method, 50_000)
+    # One copy of the rows more would be 49 MiB; a few numbers per row (weights, their running sum) are allowed.
+    assert growth < more_rows * 40 + 8 * MIB

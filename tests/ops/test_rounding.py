@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from leanrec.ops.rounding import dequantize, largest_magnitudes, least_squares_scales, quantize
+
+
+def rows(num_rows=200, width=16):
+    return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(0))
+
+
+def squared_error(values, scales, num_bits):
+    return (values - dequantize(quantize(values, scales, num_bits), scales.float(), num_bits)).square().sum(1)
+
+
+@pytest.mark.parametrize("num_bits", [2, 4, 8])
+def test_the_nearest_of_all_levels_is_taken(num_bits):
+    values, scales = rows(), torch.full((200, 1), 1.5)
+    levels = torch.linspace(-1.5, 1.5, 2**num_bits)
+    expected = (values.unsqueeze(2) - levels).abs().argmin(2)
+    found = quantize(values, scales, num_bits)
+    assert (found == expected).float().mean() > 0.999  # a value halfway between two levels may go either way
+    torch.testing.assert_close(dequantize(found, scales, num_bits), levels[found.long()])
+
+
+def test_the_largest_magnitude_is_met_exactly():
+    values = torch.tensor([[0.5, -2.0, 1.0], [0.0, 0.25, 0.0]])
+    scales = largest_magnitudes(values)
+    assert scales.flatten().tolist() == [2.0, 0.25]
+    assert dequantize(quantize(values, scales, 8), scales.float(), 8)[[0, 1], [1, 1]].tolist() == [-2.0, 0.25]
+
+
+def test_zeros_stay_zeros():
+    scales = least_squares_scales(torch.zeros(3, 4), 4)
+    assert not dequantize(quantize(torch.zeros(3, 4), scales, 4), scales.float(), 4).any()
+
+
+@pytest.mark.parametrize(("num_bits", "gain"), [(2, 0.75), (4, 0.95)])
+def test_clipping_lowers_the_squared_error(num_bits, gain):
+    values = rows()
+    clipped = squared_error(values, least_squares_scales(values, num_bits), num_bits)
+    whole = squared_error(values, largest_magnitudes(values), num_bits)
+    assert (clipped <= whole).all()
+    assert clipped.sum() < gain * whole.sum()
+
+
+def test_scales_are_as_good_as_those_of_a_fine_search():
+    values = rows(50)
+    fine = torch.stack([squared_error(values, largest_magnitudes(values) * share, 2) for share in torch.linspace(0.05, 1, 500)])
+    assert squared_error(values, least_squares_scales(values, 2), 2).sum() < 1.05 * fine.amin(0).sum()
+
+
+def test_magnitudes_beyond_float16_are_cut_to_its_range():
+    assert largest_magnitudes(torch.tensor([[1e9, 1.0]])).isfinite().all()
