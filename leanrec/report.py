@@ -21,7 +21,7 @@ class TableReport:
         path: Where it stands in the model, the first of its places.
         num_embeddings: V.
         embedding_dim: D.
-        method: Text form of its method, "-" where it is not compressed.
+        method: Text form of its method without defaults, "-" where it is not compressed.
         nbytes: Bytes as stored, codes, codebooks and all.
         nbytes_full: Bytes as V x D float32.
         error: Share of the variance of the original rows that is lost, each row weighted by its count; None where it is not known.
@@ -117,7 +117,7 @@ def report(
 
 def _row(path: str, group: Group, error: float | None) -> TableReport:
     held = unpooled(group[path])
-    method = repr(held.method) if isinstance(held, Table) else "-"
+    method = held.method.short() if isinstance(held, Table) else "-"
     return TableReport(path, held.num_embeddings, held.embedding_dim, method, group_nbytes(group), group_nbytes_full(group), error)
 
 

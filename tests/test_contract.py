@@ -217,7 +217,7 @@ def test_padding_row_is_zero_and_learns_nothing(method):
 def test_repr_reads_back(method):
     assert parse(repr(method)) == method
     for setting in fitting(method, V, D):
-        assert parse(repr(setting)) == setting
+        assert parse(repr(setting)) == setting == parse(setting.short())
 
 
 @promise

@@ -25,3 +25,10 @@ def test_every_file_the_readme_points_to_exists():
     links = re.findall(r"\]\((?!https?:)([^)#]+)", (REPOSITORY / "README.md").read_text())
     assert links
     assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_every_measured_row_of_the_readme_stands_in_the_generated_results():
+    rows = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("| `")]
+    generated = (REPOSITORY / "benchmarks" / "README.md").read_text().splitlines()
+    assert rows
+    assert [row for row in rows if row not in generated] == []

@@ -86,7 +86,8 @@ class Cell:
     def file_name(self) -> str:
         """Name of its result: readable, and one for each cell."""
         size = f"-{self.ratio:g}x" if self.ratio is not None else ""
-        method = re.sub(r"[^A-Za-z0-9.=]+", "-", self.method).strip("-")
+        short = self.method if self.family == SMALL_DIM else parse(self.method).short()
+        method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-")
         return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +53,11 @@ class Method(ABC):
         """The same settings with another value of the knob."""
         settings: dict[str, Any] = {self.knob: value}
         return replace(self, **settings)
+
+    def short(self) -> str:
+        """The text form with the defaults left out, for tables and names of files: `MEC(num_steps=0)`. `parse` reads it back."""
+        given = [field for field in fields(self) if getattr(self, field.name) != field.default]
+        return f"{type(self).__name__}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in given)})"
 
     @abstractmethod
     def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
