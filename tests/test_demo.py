@@ -1,6 +1,5 @@
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,17 @@ def log():
     return draw_clicks(settings.num_rows, num_users=settings.num_users, num_items=settings.num_items, seed=settings.seed)
 
 
-@pytest.fixture(scope="module")
-def small_demo(tmp_path_factory) -> Iterator[Demo]:
+def run_small(folder: Path, progress=None) -> Demo:
     """A demo on a small log, with fewer and quicker fits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_run, "METHOD", "MEC(num_subspaces=2, num_centroids=32, num_steps=20)")
         patch.setattr(demo_run, "KNOBS", {"Scalar": (8, 4), "PQ": (2, 1)})
-        yield run_demo(tmp_path_factory.mktemp("small") / "demo", SMALL)
+        return run_demo(folder, SMALL, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory) -> Demo:
+    return run_small(tmp_path_factory.mktemp("small") / "demo")
 
 
 def test_log_is_as_large_as_promised(log):
@@ -116,7 +119,7 @@ def test_rows_of_a_user_fall_into_all_splits(small_demo):
 def test_finished_demo_is_not_repeated(small_demo):
     files = {path: path.stat().st_mtime_ns for path in small_demo.folder.glob("**/*") if path.name in ("run.json", "clicks.csv", "model.safetensors")}
     lines: list[str] = []
-    again = run_demo(small_demo.folder, SMALL, progress=lines.append)
+    again = run_small(small_demo.folder, progress=lines.append)
     assert again == small_demo
     assert files and all(path.stat().st_mtime_ns == time for path, time in files.items())
     assert [line.split(":")[0] for line in lines] == ["draw", "prepare", "train", "compress", "picture", "picture", "evaluate"]
