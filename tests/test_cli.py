@@ -86,11 +86,6 @@ def test_version_is_that_of_the_package(capsys):
     assert re.fullmatch(r"leanrec \d+\.\d+\.\d+\n", _done(capsys, "--version"))
 
 
-def test_help_does_not_wait_for_torch():
-    script = "import sys; from leanrec.cli import run; run(['--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL, check=False).returncode == 0
-
-
 def test_training_options_are_the_settings_with_their_defaults():
     options = inspect.signature(COMMANDS["train"].callback).parameters
     for setting in fields(TrainSettings):

@@ -35,7 +35,7 @@ def test_bytes_are_those_of_the_state_dict():
     assert (size.tables, size.tables_full) == (NBYTES + 320, 1920)
     assert size.model == sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
     assert size.model_full == 1920 + 9 * 4
-    assert user.method == repr(METHOD)
+    assert user.method == METHOD.short()
 
 
 def test_shared_table_is_counted_once():
@@ -90,7 +90,7 @@ def test_text_puts_the_ratio_beside_bytes_rows_and_dimension():
     lines = [line.split("  ") for line in text.splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells[0] == ["table", "rows", "dim", "method", "bytes", "as float32", "ratio", "error"]
-    assert cells[1][:7] == ["user", "50", "8", repr(METHOD), "294", "1,600", "5.4x"]
+    assert cells[1][:7] == ["user", "50", "8", METHOD.short(), "294", "1,600", "5.4x"]
     assert cells[2] == ["item", "20", "4", "-", "320", "320", "1.0x", "-"]
     assert cells[3][:4] == ["all tables", "614", "1,920", "3.1x"]
     assert cells[4] == ["whole model", "650", "1,956", "3.0x"]
@@ -100,7 +100,7 @@ def test_dict_is_json_with_the_ratios():
     size = report(compress(model(), {"user": METHOD}), vocabulary_nbytes=7)
     values = json.loads(json.dumps(size.to_dict()))
     assert values["ratio"] == size.ratio and values["rows"][0]["ratio"] == size.rows[0].ratio
-    assert (values["tables"], values["vocabulary"], values["rows"][0]["method"]) == (614, 7, repr(METHOD))
+    assert (values["tables"], values["vocabulary"], values["rows"][0]["method"]) == (614, 7, METHOD.short())
 
 
 def test_model_without_tables_has_an_empty_report():

@@ -18,8 +18,6 @@ class IPNN(nn.Module):
     a field with itself are left out, as in the FuxiCTR code behind the BARS figures.
     """
 
-    pairs: Tensor
-
     def __init__(
         self,
         schema: Schema,
@@ -32,14 +30,14 @@ class IPNN(nn.Module):
     ) -> None:
         super().__init__()
         num_fields = len(schema.fields)
-        left, right = torch.triu_indices(num_fields, num_fields, offset=1)
-        self.register_buffer("pairs", left * num_fields + right, persistent=False)
         self.embedding = FieldEmbedding(schema, embedding_dim, embedding_std=embedding_std)
-        width = num_fields * embedding_dim + len(self.pairs)
+        width = num_fields * embedding_dim + num_fields * (num_fields - 1) // 2
         self.deep = MLP(width, hidden_units, output_dim=1, dropout=dropout, batch_norm=batch_norm)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Logits (B,)."""
         embeddings = self.embedding(features)
-        products = torch.bmm(embeddings, embeddings.transpose(1, 2)).flatten(1).index_select(1, self.pairs)  # (B, F, F) -> (B, F(F-1)/2)
+        num_fields = embeddings.shape[1]
+        left, right = torch.triu_indices(num_fields, num_fields, offset=1, device=embeddings.device)
+        products = torch.bmm(embeddings, embeddings.transpose(1, 2)).flatten(1).index_select(1, left * num_fields + right)  # (B, F(F-1)/2)
         return self.deep(torch.cat([embeddings.flatten(1), products], dim=1)).squeeze(1)
