@@ -65,7 +65,7 @@ def stage(
     edges = np.cumsum(list(shares.values()))[:-1]
     if settings.split_by is not None and len(edges):
         return _stage_by_time(source, writer, settings.split_by, edges, bad_rows)
-    draw = np.random.default_rng(settings.seed)
+    draw = np.random.default_rng([settings.seed, 0x5B117])  # a stream of its own: a synthetic log is often drawn from the same small seed
     frames = (_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
     return writer.write((frame, np.searchsorted(edges, draw.random(len(frame)), side="right")) for frame in frames)
 

@@ -32,10 +32,10 @@ class MEC(PQ):
     these losses and says where and why they differ.
 
     Attributes:
-        reconstruction: Weight of the squared error of a row, in units of the table's variance; straight-through gradient to the encoder.
+        reconstruction: Weight of the squared error of a value, in units of the table's mean square; straight-through gradient to the encoder.
         balance: Weight of the divergence between the popularity-weighted mean soft assignment and the uniform one, per subspace in nats.
         contrastive: Weight of InfoNCE between the encoded row, its code words, and the same with one code replaced.
-        temperature: Of the soft assignment (of squared distances, in units of the variance of a subspace) and of the contrast (of cosines).
+        temperature: Of the contrast (of cosines) and of the soft assignment (of squared distances, in units of a batch's mean smallest one).
         num_negatives: Rows with one replaced code that each row is contrasted with.
         num_steps: Gradient steps; 0 keeps the k-means start.
         batch_size: Rows in a step, drawn by popularity.
