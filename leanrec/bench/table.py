@@ -24,7 +24,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   and rows (DeLong within a seed, between-seed variance on top).
 - **tables**: bytes of all embedding tables as stored, codes, code books and scales counted; **ratio**: float32 bytes of the tables of the
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
-- **fit, tune**: seconds on one core. Settings are chosen on validation data; the test split is read once per run.
+- **fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. Settings are chosen on validation
+  data; the test split is read once per run.
 """
 
 
