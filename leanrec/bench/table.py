@@ -45,14 +45,15 @@ def readme(folder: Path) -> str:
 
 
 def write_plots(folder: Path) -> list[Path]:
-    """Write one picture per experiment and backbone: AUC over bytes of the tables, one line per method.
+    """Write one picture per experiment and backbone that compares methods: AUC over bytes of the tables, one line per method.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     suites = sorted(path for path in (folder / "results").iterdir() if path.is_dir())
     groups = [(suite.name, group) for suite in suites for group in _grouped(read_results(suite), _experiment_key)]
-    return [_plot(group, folder / _picture(suite, group)) for suite, group in groups if len(_grouped(group, _method_key)) > 1]
+    compared = [(suite, group) for suite, group in groups if len({result["run"]["family"] for result in group}) > 2]
+    return [_plot(group, folder / _picture(suite, group)) for suite, group in compared]
 
 
 def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
