@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def create(out: Path, *, command: str, settings: Mapping[str, Any], resumable: b
         partial.mkdir(parents=True)
         write_atomically(saved, text)
     run, start = Run(partial, resumed), time.perf_counter()
+    commit()  # now: files may change while the run goes on
     yield run
     record = {
         "command": command,
@@ -162,8 +164,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages}
 
 
+@cache
 def commit() -> str | None:
-    """The git commit that leanrec runs from, with "-dirty" where files differ from it; None outside a checkout."""
+    """The git commit that leanrec runs from, as it was when the process first asked, with "-dirty" where files differ; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -92,6 +92,7 @@ def run_cell(job: tuple[Cell, Folders]) -> Path:
     """Run one cell and write its result; the models it starts from are trained."""
     torch.set_num_threads(1)
     runs.reset_peak_memory()
+    runs.commit()  # now: files may change while the run goes on
     cell, folders = job
     full_run = _train_folder(cell, folders, cell.experiment.embedding_dim)
     result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALL_DIM) else _compressed_result(cell, folders, full_run)

@@ -26,6 +26,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
 - **fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. Settings are chosen on validation
   data; the test split is read once per run.
+- These are first results: the code still changed while they were made (see `commit` in each file), and where a small dimension is better than
+  the full model, the full model is not yet tuned as well as it can be.
 """
 
 
