@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leanrec.compress import choose, group_counts
 from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, row_chunks, table_groups, tables, title
 from leanrec.methods.base import Method
-from leanrec.ops.variance import variance
+from leanrec.ops.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,9 @@ def _options(path: str, group: Group, method: Method | None, counts: Tensor | No
     if method is None:
         return [alone]
     size = (module.num_embeddings, module.embedding_dim)
-    energy = variance(row_chunks(module), counts)
+    spread = Spread.measure(row_chunks(module), module.num_embeddings, counts)
     try:
-        variants = [Option(variant, variant.nbytes(*size), energy * variant.expected_error(*size)) for variant in method.variants(*size)]
+        variants = [Option(variant, variant.nbytes(*size), spread.variance * variant.expected_error(spread)) for variant in method.variants(*size)]
     except ValueError as error:
         raise ValueError(f"{title(path, module)}: {error}") from None
     return [*variants, alone]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from leanrec.bag import TableBag
 from leanrec.methods.base import Table
-from leanrec.ops.variance import moments, variance
+from leanrec.ops.spread import moments, variance
 
 EmbeddingModule: TypeAlias = nn.Embedding | nn.EmbeddingBag | Table | TableBag
 Group: TypeAlias = dict[str, EmbeddingModule]

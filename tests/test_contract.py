@@ -4,6 +4,7 @@ import random
 from copy import deepcopy
 from dataclasses import fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from leanrec.methods import METHODS, parse
+from leanrec.ops.spread import Spread
 
 V, D = 1000, 16
 SHAPES = [(1, 8), (2, 4), (10, 16), (37, 1), (129, 12)]
@@ -120,9 +122,25 @@ def test_size_never_falls_with_the_knob(method, num_embeddings, embedding_dim):
 @pytest.mark.parametrize(("num_embeddings", "embedding_dim"), [*SHAPES, (V, D), (100_000, 32)])
 def test_expected_error_is_a_share_that_never_rises_with_the_knob(method, num_embeddings, embedding_dim):
     values = method.knob_values(num_embeddings, embedding_dim)
-    errors = [method.with_knob(value).expected_error(num_embeddings, embedding_dim) for value in values]
-    assert errors == sorted(errors, reverse=True)
-    assert all(0 <= setting.expected_error(num_embeddings, embedding_dim) <= 1 for setting in fitting(method, num_embeddings, embedding_dim))
+    spread = Spread.measure([make_weight(num_embeddings, embedding_dim)], num_embeddings, make_counts(num_embeddings))
+    errors = [method.with_knob(value).expected_error(spread) for value in values]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(errors))
+    assert all(0 <= setting.expected_error(spread) <= 1 for setting in fitting(method, num_embeddings, embedding_dim))
+
+
+@promise
+@pytest.mark.parametrize("counts", [None, make_counts()], ids=["alike", "counts"])
+def test_expected_error_is_near_the_error_of_a_fit(method, counts):
+    """Within a factor of three over all values of the knob, as far as the error means anything."""
+    weight = make_weight()
+    shares = torch.full((V,), 1 / V) if counts is None else counts / counts.sum()
+    distances = (weight - shares @ weight).square().sum(1)
+    spread = Spread.measure([weight], V, counts)
+    for value in method.knob_values(V, D):
+        setting = method.with_knob(value)
+        found = float(shares @ (setting.build(V, D, generator=seeded(0)).fit(weight, counts).decode() - weight).square().sum(1) / (shares @ distances))
+        expected = setting.expected_error(spread)
+        assert found / 3 - 0.01 <= expected <= 3 * found + 0.01, (value, found, expected)
 
 
 @promise

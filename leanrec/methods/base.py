@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from leanrec.ops.spread import Spread
+
 _CHUNK_VALUES = 2**20
 
 
@@ -60,10 +62,13 @@ class Method(ABC):
         return f"{type(self).__name__}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in given)})"
 
     @abstractmethod
-    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
-        """Estimate, between 0 and 1, of the share of a table's variance that these settings lose.
+    def expected_error(self, spread: Spread) -> float:
+        """Estimate, between 0 and 1, of the share of a table's variance that these settings lose, each row weighted by its count.
 
-        A rate-distortion formula, not a measurement: it lets `fit_budget` weigh settings against one another before anything is built.
+        A formula, not a measurement: it lets `fit_budget` weigh settings against one another before anything is built.
+
+        Args:
+            spread: Of the table's rows.
         """
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.base import Method, Table
+from leanrec.ops.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Full(Method):
         self.nbytes(num_embeddings, embedding_dim)
         return FullTable(self, num_embeddings, embedding_dim, generator=generator)
 
-    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
+    def expected_error(self, spread: Spread) -> float:
         return 0.0
 
 

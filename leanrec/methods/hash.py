@@ -14,6 +14,7 @@ from typing_extensions import Self
 from leanrec.methods.base import Method, Table, row_weights
 from leanrec.ops.hashing import hash_buckets
 from leanrec.ops.kmeans import ClusterMeans
+from leanrec.ops.spread import Spread
 
 _FIT_ROUNDS = 5
 
@@ -60,9 +61,13 @@ class Hash(Method):
         self.nbytes(num_embeddings, embedding_dim)
         return HashTable(self, num_embeddings, embedding_dim, generator=generator)
 
-    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
-        num_parts, num_rows = self.parts(num_embeddings)
-        return 1 - num_parts * num_rows / num_embeddings
+    def expected_error(self, spread: Spread) -> float:
+        num_parts, num_rows = self.parts(spread.num_embeddings)
+        if num_rows == spread.num_embeddings:
+            return 0.0
+        # A row that makes up half of its bucket's look-ups keeps half of what sets it apart.
+        own, others = spread.shares, (1 - spread.shares) / (num_parts * num_rows)
+        return float((own * others / (own + others)).sum())
 
 
 class HashTable(Table):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.base import Method, Table, row_weights
+from leanrec.ops.spread import Spread, mean_and_covariance
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class LowRank(Method):
         self.nbytes(num_embeddings, embedding_dim)
         return LowRankTable(self, num_embeddings, embedding_dim, generator=generator)
 
-    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
-        return 1 - self.rank / embedding_dim
+    def expected_error(self, spread: Spread) -> float:
+        [spectrum] = spread.spectra(1)
+        return sum(spectrum[self.rank :]) / sum(spectrum) if any(spectrum) else 0.0
 
 
 class LowRankTable(Table):
@@ -61,7 +63,8 @@ class LowRankTable(Table):
 
     @torch.no_grad()
     def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        mean, covariance = self._moments(weight, row_weights(counts, self.num_embeddings, power=self.method.weight_power))
+        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
+        mean, covariance = mean_and_covariance((rows for _, rows in self.row_chunks(weight)), weights)
         # eigh returns rising eigenvalues; the last columns span the largest variance.
         basis = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)[: self.method.rank].float()
         self.mean.copy_(mean)
@@ -72,15 +75,3 @@ class LowRankTable(Table):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.coordinates) @ self.basis + self.mean
-
-    def _moments(self, weight: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted mean (D,) and covariance (D, D) of the rows, float64: sums over chunks lose nothing that matters."""
-        total = weights.double().sum()
-        mean = torch.zeros(self.embedding_dim, dtype=torch.float64, device=weight.device)
-        for start, rows in self.row_chunks(weight):
-            mean += weights[start : start + len(rows)].to(rows.device).double() @ rows.double() / total
-        covariance = torch.zeros(self.embedding_dim, self.embedding_dim, dtype=torch.float64, device=weight.device)
-        for start, rows in self.row_chunks(weight):
-            centred = rows.double() - mean
-            covariance += centred.T @ (centred * weights[start : start + len(rows), None].to(rows.device)) / total
-        return mean, covariance

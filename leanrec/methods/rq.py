@@ -15,6 +15,7 @@ from leanrec.methods.pq import centroid_choices, code_bits, coding_error, used_c
 from leanrec.ops.additive import improve_codes, level_means, residual_codebooks, sum_words, update_codebooks
 from leanrec.ops.kmeans import sample_rows
 from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
+from leanrec.ops.spread import Spread
 
 _SAMPLE_ROUNDS = 6
 # Words compared per row and level, which set the width of the beam: a wider one finds better codes and takes longer in proportion.
@@ -58,10 +59,8 @@ class RQ(Method):
         self.nbytes(num_embeddings, embedding_dim)
         return RQTable(self, num_embeddings, embedding_dim, generator=generator)
 
-    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
-        # Every level has words of the full width, so each one lets as many rows again be met exactly.
-        beyond = max(0.0, 1 - self.num_centroids / num_embeddings)
-        return coding_error(self.num_levels, self.num_centroids, num_embeddings, embedding_dim) * beyond ** (self.num_levels - 1)
+    def expected_error(self, spread: Spread) -> float:
+        return coding_error(spread, num_subspaces=1, num_levels=self.num_levels, num_centroids=self.num_centroids)
 
 
 class RQTable(Table):

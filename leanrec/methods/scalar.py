@@ -13,6 +13,7 @@ from typing_extensions import Self
 from leanrec.methods.base import Method, Table
 from leanrec.ops.packing import pack_rows_, packed_nbytes, unpack_rows
 from leanrec.ops.rounding import dequantize, largest_magnitudes, least_squares_scales, quantize
+from leanrec.ops.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Scalar(Method):
         self.nbytes(num_embeddings, embedding_dim)
         return ScalarTable(self, num_embeddings, embedding_dim, generator=generator)
 
-    def expected_error(self, num_embeddings: int, embedding_dim: int) -> float:
+    def expected_error(self, spread: Spread) -> float:
         # Twice the rate-distortion bound is what even levels lose on Gaussian values; a scale of one's own stands for one value of a group.
-        return 2 * 4.0**-self.num_bits * (1 - 1 / self.columns(embedding_dim))
+        return 2 * 4.0**-self.num_bits * (1 - 1 / self.columns(spread.embedding_dim))
 
 
 class ScalarTable(Table):

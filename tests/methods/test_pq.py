@@ -6,6 +6,7 @@ import torch
 
 from leanrec.methods import PQ
 from leanrec.ops.kmeans import sample_rows
+from leanrec.ops.spread import Spread
 
 
 def seeded(seed):
@@ -80,7 +81,7 @@ def test_a_tiny_table_is_kept_exactly_and_pays_for_its_rows_only():
     table = PQ(num_subspaces=2, num_centroids=256).build(10, 8).fit(weight)
     torch.testing.assert_close(table.decode(), weight, rtol=1e-6, atol=1e-6)
     assert table.nbytes == 10 * 2 * 4 // 8 + 10 * 8 * 4  # 4 bits tell ten centroids apart
-    assert PQ().expected_error(10, 8) == 0
+    assert PQ().expected_error(Spread.measure([weight], 10)) == 0
 
 
 def test_bytes_follow_the_formula():

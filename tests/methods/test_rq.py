@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from leanrec.methods import PQ, RQ, rq
+from leanrec.ops.spread import Spread
 
 
 def seeded(seed):
@@ -82,7 +83,7 @@ def test_a_tiny_table_is_kept_exactly():
     weight = make_weight(10, 8)
     table = RQ().build(10, 8).fit(weight)
     torch.testing.assert_close(table.decode(), weight, rtol=1e-5, atol=1e-5)
-    assert RQ().expected_error(10, 8) == 0
+    assert RQ().expected_error(Spread.measure([weight], 10)) == 0
 
 
 def test_bytes_follow_the_formula():
