@@ -33,6 +33,7 @@ def compress(
     method: Method | Mapping[str, Method | None],
     *,
     counts: Mapping[str, Tensor] | None = None,
+    fit: bool = True,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> nn.Module:
@@ -48,6 +49,7 @@ def compress(
         method: For every table; or pattern -> method, where patterns are globs on the paths of `tables(model)`, the first that matches
             decides, and None leaves alone, as does matching no pattern.
         counts: Path of a table -> (V,) int occurrences of its ids in the training split. Tables that share a weight add theirs.
+        fit: Whether the tables take over the rows that are there. If not, they start at random, to be trained from scratch.
         seed: Source of all random draws, for each table together with its path: the order of the tables does not matter.
         progress: Called after each table with its path, the number of tables done and the number in all.
 
@@ -64,7 +66,7 @@ def compress(
     jobs = {path: chosen for path, chosen in methods.items() if chosen is not None and not _has_method(groups[path], chosen)}
     _check(model, {path: groups[path] for path in jobs}, jobs)
     for done, (path, chosen) in enumerate(jobs.items(), start=1):
-        model = _swap(model, groups.pop(path), chosen, row_counts.get(path), _generator(seed, path))
+        model = _swap(model, groups.pop(path), chosen, row_counts.get(path), _generator(seed, path), fit=fit)
         if progress is not None:
             progress(path, done, len(jobs))
     return model
@@ -203,18 +205,22 @@ def _obstacle(module: EmbeddingModule) -> str | None:
     return None
 
 
-def _swap(model: nn.Module, group: Group, method: Method, counts: Tensor | None, generator: torch.Generator) -> nn.Module:
-    """The model with one table fitted and put in all its places."""
+def _swap(model: nn.Module, group: Group, method: Method, counts: Tensor | None, generator: torch.Generator, *, fit: bool) -> nn.Module:
+    """The model with one table built, fitted if so asked, and put in all its places."""
     old = next(iter(group.values()))
     held = unpooled(old)
     weight = held.decode() if isinstance(held, Table) else held.weight.detach()
     counts = None if counts is None else counts.to(weight.device)
     table = method.build(old.num_embeddings, old.embedding_dim, generator=generator).to(weight.device)
     table.padding_idx = next(iter(_paddings(group)), None)
-    table.fit(weight, counts).eval()
+    table.sparse = held.sparse
+    if fit:
+        table.fit(weight, counts)
+    table.eval()
     if weight.dtype != torch.float32:  # a method may store parts of a float32 table in fewer bits, which stay as they are
         table.to(weight.dtype)
-    table.fit_error = reconstruction_error(old, table, counts)
+    if fit:
+        table.fit_error = reconstruction_error(old, table, counts)
     table.train(old.training)
     if not any(parameter.requires_grad for parameter in old.parameters()):
         table.requires_grad_(False)

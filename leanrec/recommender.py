@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from leanrec import models, runs, storage
+from leanrec.budget import fit_budget
+from leanrec.compress import compress
 from leanrec.data.loader import Loader
 from leanrec.data.schema import Schema
 from leanrec.data.vocabulary import read_counts
 from leanrec.embeddings import tables
+from leanrec.methods import Method, parse
 from leanrec.models.layers import module_names
 
 MODEL_FILE, SCHEMA_FILE = "model.safetensors", "schema.json"
@@ -87,6 +90,40 @@ def table_counts(recommender: Recommender) -> dict[str, Tensor]:
     counts = {names[vocabulary]: count for vocabulary, count in read_counts(recommender.data, recommender.schema).items()}
     named = {path: counts.get(path.rsplit(".", 1)[-1]) for path in tables(recommender.model)}
     return {path: count for path, count in named.items() if count is not None}
+
+
+def compress_tables(
+    recommender: Recommender,
+    method: str | Mapping[str, str | None],
+    *,
+    ratio: float | None = None,
+    nbytes: int | None = None,
+    fit: bool = True,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Compress the tables of a recommender, in place, with the counts of its log.
+
+    Args:
+        recommender: Its model is changed.
+        method: Text form of one method for all tables, or glob on the tables' paths -> text form; None leaves a table alone.
+        ratio: Bytes of all tables before / after, reached by choosing the method's settings for each table; or
+        nbytes: bytes of all tables after. With neither, the method is taken as it stands.
+        fit: Whether the tables take over the rows that are there, or start at random.
+        seed: Source of the random draws.
+        progress: Called with (table, tables done, tables in all).
+
+    Raises:
+        ValueError: No such method or table, a method does not fit, or the budget is out of reach.
+    """
+    plan: Method | dict[str, Method | None]
+    plan = parse(method) if isinstance(method, str) else {glob: None if text is None else parse(text) for glob, text in method.items()}
+    counts = table_counts(recommender)
+    if ratio is not None or nbytes is not None:
+        if not isinstance(plan, Method):
+            raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
+        plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts)
+    recommender.model = compress(recommender.model, plan, counts=counts, fit=fit, seed=seed, progress=progress)
 
 
 @torch.no_grad()

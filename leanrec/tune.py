@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from leanrec import runs, storage
-from leanrec.budget import fit_budget
-from leanrec.compress import compress
 from leanrec.data.loader import Loader
 from leanrec.data.vocabulary import vocabulary_nbytes
 from leanrec.embeddings import tables, unpooled
-from leanrec.methods import Method, parse
 from leanrec.methods.base import Table
 from leanrec.ops.metrics import auc, log_loss
-from leanrec.recommender import PREDICT_BATCH, Recommender, describe, open_run, predict, table_counts
+from leanrec.recommender import PREDICT_BATCH, Recommender, compress_tables, describe, open_run, predict
 from leanrec.report import Report, report
 from leanrec.train import Progress, TrainSettings, train_recommender
 from leanrec.train.run import CHECKPOINT_FILE
@@ -61,13 +58,13 @@ def compress_run(
     arguments = {"run": run, "method": method, "ratio": ratio, "nbytes": nbytes, "tuning": tuning and asdict(tuning), "seed": seed}
     if runs.is_finished(out, command="compress", settings=arguments):
         return runs.load(out)
-    recommender, parsed = open_run(run), _parsed(method)
+    recommender = open_run(run)
     with runs.create(out, command="compress", settings=arguments, resumable=True) as current:
         fitted = current.folder / FITTED_FILE
         if fitted.exists():
             recommender.model = storage.load(recommender.model, fitted)
         else:
-            fit(recommender, parsed, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
+            compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
             storage.save(recommender.model, fitted)
         sizes = size_report(recommender)
         progress = None
@@ -81,32 +78,6 @@ def compress_run(
             recommender=describe(recommender), methods=methods_of(recommender), report=sizes.to_dict(), **_quality(recommender, progress)
         )
     return runs.load(out)
-
-
-def fit(
-    recommender: Recommender,
-    method: Method | Mapping[str, Method | None],
-    *,
-    ratio: float | None = None,
-    nbytes: int | None = None,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
-    """Compress the tables of a recommender, in place, with the counts of its log; for the arguments see `compress_run`."""
-    counts = table_counts(recommender)
-    if ratio is not None or nbytes is not None:
-        if not isinstance(method, Method):
-            raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
-        method = fit_budget(recommender.model, method, ratio=ratio, nbytes=nbytes, counts=counts)
-    plan = method if isinstance(method, Method) else dict(method)
-    recommender.model = compress(recommender.model, plan, counts=counts, seed=seed, progress=progress)
-
-
-def _parsed(method: str | Mapping[str, str | None]) -> Method | dict[str, Method | None]:
-    """Methods for their text forms."""
-    if isinstance(method, str):
-        return parse(method)
-    return {glob: None if text is None else parse(text) for glob, text in method.items()}
 
 
 def size_report(recommender: Recommender) -> Report:

@@ -138,7 +138,9 @@ def test_expected_error_is_near_the_error_of_a_fit(method, counts):
     spread = Spread.measure([weight], V, counts)
     for value in method.knob_values(V, D):
         setting = method.with_knob(value)
-        found = float(shares @ (setting.build(V, D, generator=seeded(0)).fit(weight, counts).decode() - weight).square().sum(1) / (shares @ distances))
+        found = float(
+            shares @ (setting.build(V, D, generator=seeded(0)).fit(weight, counts).decode() - weight).square().sum(1) / (shares @ distances)
+        )
         expected = setting.expected_error(spread)
         assert found / 3 - 0.01 <= expected <= 3 * found + 0.01, (value, found, expected)
 

@@ -7,10 +7,10 @@ from leanrec import runs
 from leanrec.compress import compress
 from leanrec.evaluate import evaluate_run
 from leanrec.methods import PQ
-from leanrec.recommender import open_run, table_counts
+from leanrec.recommender import compress_tables, open_run, table_counts
 from leanrec.report import report
 from leanrec.train import TrainSettings, train_run
-from leanrec.tune import TUNING, compress_run, fit
+from leanrec.tune import TUNING, compress_run
 
 MODEL = {"embedding_dim": 8, "hidden_units": [16]}
 SHORT = replace(TUNING, epochs=1, batch_size=500, evaluations_per_epoch=2)
@@ -59,7 +59,7 @@ def test_counts_of_the_log_reach_the_fit(base):
     """Rows that are looked up often are represented better: the look-up-weighted error is lower with counts than without."""
     recommender, original = open_run(base), open_run(base)
     assert {path.rsplit(".", 1)[1] for path in table_counts(recommender)} == {"user", "item", "tags"}
-    fit(recommender, PQ(num_subspaces=2, num_centroids=8))
+    compress_tables(recommender, "PQ(num_subspaces=2, num_centroids=8)")
     counts = table_counts(original)
     weighted = report(recommender.model, original=original.model, counts=counts)
     unweighted = report(compress(open_run(base).model, PQ(num_subspaces=2, num_centroids=8)), original=original.model, counts=counts)

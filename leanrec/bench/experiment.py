@@ -33,6 +33,7 @@ class Experiment:
         seeds: Of initial weights, order of rows, fit and tuning.
         methods: Text forms whose settings are chosen for each of `ratios`.
         ratios: Bytes of all tables before / after.
+        scratch: Text forms that the tables have from the first step of training on, at each of `ratios`.
         settings: Text forms that are taken as they stand.
         small_dims: Embedding dimensions of plain smaller models.
         model, train, tuning: Differences from the defaults. `tuning = false` compresses without fine-tuning.
@@ -45,6 +46,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = ()
+    scratch: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     small_dims: tuple[int, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -72,7 +74,10 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method at one size on one model of one seed. `ratio` is None where the settings are taken as they stand."""
+    """One run: a method at one size on one model of one seed. `ratio` is None where the settings are taken as they stand.
+
+    `from_scratch`: the model is trained with compressed tables, not compressed after its training.
+    """
 
     experiment: Experiment
     backbone: str
@@ -81,13 +86,14 @@ class Cell:
     embedding_dim: int
     seed: int
     ratio: float | None = None
+    from_scratch: bool = False
 
     @property
     def file_name(self) -> str:
         """Name of its result: readable, and one for each cell."""
         size = f"-{self.ratio:g}x" if self.ratio is not None else ""
         short = self.method if self.family == SMALL_DIM else parse(self.method).short()
-        method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-")
+        method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-") + ("-scratch" if self.from_scratch else "")
         return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
 
 
@@ -104,3 +110,6 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
             for text in experiment.methods:
                 for ratio in experiment.ratios:
                     yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio)
+            for text in experiment.scratch:
+                for ratio in experiment.ratios:
+                    yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio, from_scratch=True)

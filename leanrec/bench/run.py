@@ -19,13 +19,12 @@ from leanrec.bench.experiment import FULL, PLAIN, SMALL_DIM, Cell, Experiment, c
 from leanrec.data.loader import Loader
 from leanrec.data.prepare import prepare
 from leanrec.data.vocabulary import vocabulary_nbytes
-from leanrec.methods import parse
 from leanrec.ops.intervals import delong_difference
 from leanrec.ops.metrics import auc, calibration_ratio, log_loss
-from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, open_run, predict
+from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress_tables, open_run, predict
 from leanrec.report import report
 from leanrec.train import TrainSettings, train_recommender, train_run
-from leanrec.tune import TUNING, fit
+from leanrec.tune import TUNING
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,10 @@ def run_cell(job: tuple[Cell, Folders]) -> Path:
     runs.commit()  # now: files may change while the run goes on
     cell, folders = job
     full_run = _train_folder(cell, folders, cell.experiment.embedding_dim)
-    result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALL_DIM) else _compressed_result(cell, folders, full_run)
+    if cell.from_scratch:
+        result = _scratch_result(cell, folders, full_run)
+    else:
+        result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALL_DIM) else _compressed_result(cell, folders, full_run)
     folders.results.mkdir(parents=True, exist_ok=True)
     path = folders.results / cell.file_name
     runs.write_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -110,10 +112,17 @@ def _prepare(experiment: Experiment, folders: Folders) -> None:
 def _train(job: tuple[Cell, Folders, int]) -> None:
     """Train a model that cells start from, unless it is there."""
     torch.set_num_threads(1)
-    cell, folders, embedding_dim = job
-    data, settings = folders.work / "data" / cell.experiment.dataset, TrainSettings(**{**cell.experiment.train, "seed": cell.seed})
-    model = {**cell.experiment.model, "embedding_dim": embedding_dim}
-    train_run(data, _train_folder(*job), model=cell.backbone, model_settings=model, settings=settings)
+    train_run(**_training(*job), out=_train_folder(*job))
+
+
+def _training(cell: Cell, folders: Folders, embedding_dim: int) -> dict[str, Any]:
+    """How a model of a cell is trained, for `train_run`."""
+    return {
+        "data": folders.work / "data" / cell.experiment.dataset,
+        "model": cell.backbone,
+        "model_settings": {**cell.experiment.model, "embedding_dim": embedding_dim},
+        "settings": TrainSettings(**{**cell.experiment.train, "seed": cell.seed}),
+    }
 
 
 def _train_folder(cell: Cell, folders: Folders, embedding_dim: int) -> Path:
@@ -131,11 +140,18 @@ def _trained_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, A
     return _result(cell, folders, recommender, full_run, seconds=seconds, file=run / MODEL_FILE)
 
 
+def _scratch_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
+    folder = folders.work / "models" / folders.results.name / cell.file_name.removesuffix(".json")
+    train_run(**_training(cell, folders, cell.embedding_dim), out=folder, method=cell.method, ratio=cell.ratio)
+    seconds = {"pretrain": runs.load(folder)["seconds"], "fit": 0.0, "tune": 0.0}
+    return _result(cell, folders, open_run(folder), full_run, seconds=seconds, file=folder / MODEL_FILE)
+
+
 def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
     experiment = cell.experiment
     recommender = open_run(full_run)
     start = time.perf_counter()
-    fit(recommender, parse(cell.method), ratio=cell.ratio, seed=cell.seed)
+    compress_tables(recommender, cell.method, ratio=cell.ratio, seed=cell.seed)
     fitted, history = time.perf_counter(), []
     if experiment.tuning is not False:
         differences = {} if experiment.tuning is True else dict(experiment.tuning)
@@ -183,6 +199,7 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
             "method": cell.method,
             "family": cell.family,
             "ratio": cell.ratio,
+            "from_scratch": cell.from_scratch,
             "embedding_dim": cell.embedding_dim,
             "seed": cell.seed,
         },

@@ -79,7 +79,7 @@ def _row(results: Sequence[Result]) -> str:
     """One method at one size, over its seeds."""
     run, size = results[0]["run"], _mean(results, "size", "tables")
     short = run["method"] if run["family"] == SMALL_DIM else parse(run["method"]).short()
-    name = short + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "")
+    name = short + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
     aucs = [result["quality"]["auc"] for result in results]
     spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
     cells = [
@@ -113,7 +113,7 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for family, members in groupby(sorted(results, key=_order), key=lambda result: result["run"]["family"]):
+    for (_, family, scratch), members in groupby(sorted(results, key=_order), key=_order):
         groups = sorted(_grouped(list(members), _method_key), key=lambda group: _mean(group, "size", "tables"))
         sizes = [_mean(group, "size", "tables") for group in groups]
         means = [_mean(group, "quality", "auc") for group in groups]
@@ -121,7 +121,7 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
             axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label=f"full model, {sizes[0]:,.0f} bytes")
             continue
         spreads = [stdev(result["quality"]["auc"] for result in group) if len(group) > 1 else 0.0 for group in groups]
-        axes.errorbar(sizes, means, yerr=spreads, marker="o", capsize=2, label=family)
+        axes.errorbar(sizes, means, yerr=spreads, marker="o", capsize=2, label=family + (" from scratch" if scratch else ""))
     run = results[0]["run"]
     axes.set(xscale="log", xlabel="bytes of all embedding tables, as stored", ylabel="test AUC", title=f"{run['backbone']} on {run['dataset']}")
     axes.legend(fontsize="small")
@@ -144,13 +144,18 @@ def _experiment_key(result: Result) -> tuple[str, str]:
     return result["run"]["experiment"], result["run"]["backbone"]
 
 
-def _method_key(result: Result) -> tuple[str, float, int]:
-    return result["run"]["method"], result["run"]["ratio"] or 0.0, result["run"]["embedding_dim"]
+def _method_key(result: Result) -> tuple[str, bool, float, int]:
+    return result["run"]["method"], _scratch(result), result["run"]["ratio"] or 0.0, result["run"]["embedding_dim"]
 
 
-def _order(result: Result) -> tuple[bool, str]:
-    """The full model first, then families by name."""
-    return result["run"]["family"] != FULL, result["run"]["family"]
+def _scratch(result: Result) -> bool:
+    """Whether the tables were compressed from the first step of training on."""
+    return bool(result["run"].get("from_scratch", False))
+
+
+def _order(result: Result) -> tuple[bool, str, bool]:
+    """The full model first, then families by name, those trained from scratch last."""
+    return result["run"]["family"] != FULL, result["run"]["family"], _scratch(result)
 
 
 def _mean(results: Sequence[Result], part: str, key: str) -> float:

@@ -141,6 +141,7 @@ def prepare(
         "leanrec train data/criteo --model dcnv2 --set embedding_dim=16 --set 'hidden_units=[400,400,400]' --out runs/dcnv2",
         "leanrec train data/criteo --model my_package.my_module:build --out runs/mine",
         "leanrec train data/criteo --model dcnv2 --tables runs/fm --out runs/dcnv2-from-fm",
+        "leanrec train data/criteo --method 'Hash()' --ratio 50 --out runs/hashed",
     )
 )
 def train(
@@ -151,6 +152,12 @@ def train(
     ] = "deepfm",
     set: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the model. May be given several times.")] = None,
     tables: Annotated[Path | None, typer.Option(metavar="RUN", help="Run whose embedding tables the model starts from.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD", help="Compression of the tables from the first step on; METHOD and GLOB=METHOD as in `leanrec compress`."),
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(metavar="NUMBER", help="With --method: how many times smaller all tables together are.")] = None,
+    nbytes: Annotated[int | None, typer.Option(metavar="NUMBER", help="With --method: bytes of all tables together, at most.")] = None,
     epochs: Annotated[int, typer.Option(metavar="NUMBER", help="Most passes over the training rows.")] = 20,
     batch_size: Annotated[int, typer.Option(metavar="NUMBER", help="Rows in a batch.")] = 4096,
     learning_rate: Annotated[float, typer.Option(metavar="NUMBER", help="Of all that is not an embedding table.")] = 1e-3,
@@ -181,7 +188,18 @@ def train(
     )
     with display() as shown:
         on_step = show_training(shown, lambda: data, batch_size=batch_size, epochs=epochs)
-        record = train_run(data, out, model=model, model_settings=settings_from(set or []), settings=settings, tables=tables, on_step=on_step)
+        record = train_run(
+            data,
+            out,
+            model=model,
+            model_settings=settings_from(set or []),
+            settings=settings,
+            tables=tables,
+            method=methods_from(method) if method else None,
+            ratio=ratio,
+            nbytes=nbytes,
+            on_step=on_step,
+        )
     typer.echo(f"validation AUC {record['valid']['auc']:.5f}, log loss {record['valid']['logloss']:.5f}, the best after {record['steps']:,} steps")
     typer.echo(f"written: {out}")
 

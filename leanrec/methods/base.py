@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -84,6 +84,7 @@ class Table(nn.Module, ABC):
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.padding_idx: int | None = None
+        self.sparse = False  # whether parameters with a row per id should get sparse gradients, as nn.Embedding(sparse=True) does
         self.fit_error: float | None = None  # share of the variance that the fit lost, as `leanrec.compress` measured it
         # Every random draw of this table comes from this seed, so fitting is repeatable and the global random state stays untouched.
         self.seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
@@ -105,8 +106,27 @@ class Table(nn.Module, ABC):
         """A term that training adds to its loss; 0 where the method has none."""
         return 0.0
 
-    def maintain(self, step: int) -> None:
-        """Called after every training step: re-clustering, pruning, promotion; nothing where the method needs none."""
+    def observe(self, ids: Tensor, context: Tensor) -> None:
+        """Called with rows of the training log before training from scratch, where a method learns from the log itself.
+
+        Args:
+            ids: (N,) int64, of this table.
+            context: (N, C) int64, a hash for each id that other tables are asked for in the same row of the log.
+        """
+
+    def begin(self) -> None:
+        """Called before training from scratch: a table that learns in another form than the stored one takes that form."""
+
+    def maintain(self, step: int) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        """Called after every training step: re-clustering, pruning, promotion; nothing where the method needs none or `begin` was not called.
+
+        Returns:
+            Parameters with (N,) int64 rows of theirs that now stand for something else: the optimizer forgets what it knew of them.
+        """
+        return ()
+
+    def finish(self) -> None:
+        """Called after training from scratch: the table takes its stored form, of the bytes announced, and answers as it did in evaluation."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows for ids of any shape: (...) int -> (..., D). Final: methods write `lookup`.

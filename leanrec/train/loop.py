@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from leanrec.data.loader import Loader
 from leanrec.methods.base import Table
+from leanrec.train.observe import observe
 from leanrec.train.settings import TrainSettings
 from leanrec.train.state import Progress, State
 
@@ -24,6 +25,7 @@ def train(
     settings: TrainSettings,
     *,
     checkpoint: Path | None = None,
+    from_scratch: bool = False,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train a model on log loss, in place, to its best validation AUC.
@@ -37,8 +39,13 @@ def train(
         validation: Validation rows.
         settings: How to train.
         checkpoint: File for the state of the run, or None.
+        from_scratch: Whether compressed tables are to learn all that they store, their codes too, and not only what has gradients.
         on_step: Called after every step.
     """
+    tables = [module for module in model.modules() if isinstance(module, Table)] if from_scratch else []
+    observe(model, tables, loader)
+    for table in tables:
+        table.begin()
     state = State(model, settings)
     with torch.random.fork_rng(devices=[]), _l2_of_lookups(model, settings.l2) as l2:
         torch.manual_seed(settings.seed)
@@ -50,6 +57,8 @@ def train(
         while state.progress.epoch < settings.epochs and state.progress.failures < settings.patience:
             _epoch(state, loader, validation, l2, checkpoint, on_step)
     model.load_state_dict(state.best)
+    for table in tables:
+        table.finish()
     return state.progress
 
 
@@ -73,7 +82,8 @@ def _epoch(
         state.optimizer.step()
         state.optimizer.zero_grad()
         for table in tables:
-            table.maintain(progress.step)
+            for parameter, rows in table.maintain(progress.step):
+                state.optimizer.forget(parameter, rows)
         progress.batch, progress.step = progress.batch + 1, progress.step + 1
         progress.loss_sum, progress.loss_steps = progress.loss_sum + loss.item(), progress.loss_steps + 1
         if progress.batch in due:

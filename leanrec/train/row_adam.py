@@ -23,6 +23,13 @@ class RowAdam(torch.optim.Adam):
                     parameter.grad = None
         super().step()
 
+    @torch.no_grad()
+    def forget(self, parameter: Tensor, rows: Tensor) -> None:
+        """Start afresh on some rows of a parameter: their moments become zero."""
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in self.state[parameter]:
+                self.state[parameter][name][rows] = 0.0
+
     def _step_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
