@@ -31,7 +31,7 @@ def pack_rows_(packed: Tensor, codes: Tensor, start: int, num_bits: int) -> None
         packed: (packed_nbytes,) uint8.
         codes: (N, M) integers in [0, 2 ** num_bits).
         start: First row, a multiple of 8 so that it begins at a byte. N is a multiple of 8 too, unless these are the last rows.
-        num_bits: Bits per code, 1 to 16.
+        num_bits: Bits per code, 1 to 31.
     """
     assert start % 8 == 0, "a chunk begins at a whole byte"
     codes_per_row = codes.shape[1]
@@ -72,9 +72,11 @@ def _unpack_within_bytes(rows: Tensor, num_bits: int) -> Tensor:
 
 
 def _unpack_across_bytes(packed: Tensor, ids: Tensor, codes_per_row: int, num_bits: int) -> Tensor:
-    """As `unpack_rows`, for any number of bits: the three bytes that may hold a code are read and the rest is masked."""
+    """As `unpack_rows`, for any number of bits: the few bytes that may hold a code are read and the rest is masked."""
     first_bits = (ids.unsqueeze(1) * codes_per_row + torch.arange(codes_per_row, device=ids.device)) * num_bits
     first, last = first_bits >> 3, packed.numel() - 1
     # A byte past the end holds no bit of the code, so the last one may stand in for it.
-    low, middle, high = (packed[(first + step).clamp(max=last)].long() for step in range(3))
-    return (low | middle << 8 | high << 16) >> (first_bits & 7) & (1 << num_bits) - 1
+    read = packed[first].long()
+    for step in range(1, (num_bits + 14) // 8):
+        read = read | packed[(first + step).clamp(max=last)].long() << 8 * step
+    return read >> (first_bits & 7) & (1 << num_bits) - 1

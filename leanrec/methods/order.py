@@ -1,0 +1,76 @@
+"""The order of a table's rows by popularity, for methods that spend more on popular rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from leanrec.ops.packing import pack, packed_nbytes, unpack_rows
+
+_FIRST_ID = 2  # rows of padding and unknown values stand before it, however often they occur
+_LEAST_SHARE = 0.9
+
+
+class RowOrder(nn.Module):
+    """Rank of each row: 0 is the most popular.
+
+    Rows that are sorted already, as `leanrec prepare` numbers ids, need nothing but their number; the ranks of others are stored.
+
+    Attributes:
+        packed_ranks: (ceil(V * bits / 8),) uint8, frozen; absent where rows are sorted.
+    """
+
+    packed_ranks: Tensor
+
+    def __init__(self, num_embeddings: int, *, sorted_rows: bool) -> None:
+        super().__init__()
+        self.num_embeddings = num_embeddings
+        self.sorted_rows = sorted_rows
+        if not sorted_rows:
+            self.register_buffer("packed_ranks", pack(torch.arange(num_embeddings).unsqueeze(1), _rank_bits(num_embeddings)))
+
+    def fit(self, counts: Tensor | None) -> None:
+        """Take the order from counts, (V,) int; None leaves the rows in the order they have.
+
+        Raises:
+            ValueError: Rows that should be sorted are not.
+        """
+        if counts is None:
+            return
+        if self.sorted_rows:
+            self._check_sorted(counts.cpu())
+            return
+        ranks = torch.empty(self.num_embeddings, dtype=torch.int64)
+        ranks[counts.cpu().argsort(descending=True, stable=True)] = torch.arange(self.num_embeddings)
+        self.packed_ranks.copy_(pack(ranks.unsqueeze(1), _rank_bits(self.num_embeddings)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ranks of ids: (N,) int64 -> (N,) int64."""
+        if self.sorted_rows:
+            return ids
+        return unpack_rows(self.packed_ranks, ids, 1, _rank_bits(self.num_embeddings)).squeeze(1)
+
+    def row_ids(self) -> Tensor:
+        """The inverse: the row of each rank, (V,) int64."""
+        return self(torch.arange(self.num_embeddings)).argsort()
+
+    def _check_sorted(self, counts: Tensor) -> None:
+        """Raise ValueError where the first rows are asked for much less than as many popular rows would be."""
+        real = counts[_FIRST_ID:].double()
+        given, best = real.cumsum(0), real.sort(descending=True).values.cumsum(0)
+        sizes = 2 ** torch.arange(4, max(4, len(real).bit_length()))
+        for size in sizes[sizes <= len(real)].tolist():
+            if given[size - 1] < _LEAST_SHARE * best[size - 1]:
+                raise ValueError(
+                    f"the counts do not fall with the row number: the first {size} rows make up {given[size - 1]:.0f} look-ups, the most popular "
+                    f"{size} make up {best[size - 1]:.0f}. Set sorted_rows=False, which stores the order."
+                )
+
+
+def order_nbytes(num_embeddings: int, *, sorted_rows: bool) -> int:
+    """Bytes of a `RowOrder`."""
+    return 0 if sorted_rows else packed_nbytes(num_embeddings, 1, _rank_bits(num_embeddings))
+
+
+def _rank_bits(num_embeddings: int) -> int:
+    return max(1, (num_embeddings - 1).bit_length())
