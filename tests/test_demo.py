@@ -27,7 +27,7 @@ def log():
 def run_small(folder: Path, progress=None) -> Demo:
     """A demo on a small log, with fewer and quicker fits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_run, "METHOD", "MEC(num_subspaces=2, num_centroids=32, num_steps=20)")
+        patch.setattr(demo_run, "METHOD", "MEC(num_steps=20)")
         patch.setattr(demo_run, "KNOBS", {"Scalar": (8, 4), "PQ": (2, 1)})
         return run_demo(folder, SMALL, progress=progress)
 

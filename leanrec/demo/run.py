@@ -21,8 +21,7 @@ from leanrec.train import TrainSettings, train_run
 from leanrec.tune import compress_run
 
 CLICKS_FILE, NUMBERS_FILE, PICTURE_FILE = "clicks.csv", "demo.json", "quality_over_bytes.png"
-# Two bytes of codes per row of 32 floats, and the code books: about 55 times smaller.
-METHOD = "MEC(num_subspaces=2)"
+METHOD, RATIO = "MEC()", 50
 KNOBS = {"Scalar": (8, 4, 2), "PQ": (4, 2, 1), "RQ": (3, 2, 1), "MEC": (4, 2, 1)}
 """Method -> values of its knob in the picture."""
 
@@ -131,8 +130,8 @@ def run_demo(out: Path, settings: DemoSettings, *, progress: Say | None = None) 
     base, mec = folder / "runs" / "base", folder / "runs" / "mec"
     say(f"train: DeepFM, embedding_dim={MODEL['embedding_dim']}")
     train_run(prepared.folder, base, model="deepfm", model_settings=MODEL, settings=replace(TRAINING, seed=settings.seed))
-    say(f"compress: {METHOD}, then fine-tuning")
-    compress_run(base, mec, method=METHOD, tuning=replace(TUNING, seed=settings.seed), seed=settings.seed)
+    say(f"compress: {METHOD} at {RATIO}x, then fine-tuning")
+    compress_run(base, mec, method=METHOD, ratio=RATIO, tuning=replace(TUNING, seed=settings.seed), seed=settings.seed)
     points = [*_untuned_points(folder / "runs", settings, say), _point("MEC", mec, tuned=True)]
     say("evaluate: both on the test rows")
     full, _ = evaluate_run(base)
