@@ -74,4 +74,4 @@ class LowRankTable(Table):
         return self
 
     def lookup(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.coordinates) @ self.basis + self.mean
+        return F.embedding(ids, self.coordinates, sparse=self.sparse) @ self.basis + self.mean
