@@ -14,6 +14,7 @@ embedding_dim = 8
 seeds = [0, 1]
 methods = ["PQ()"]
 ratios = [4]
+scratch = ["Hash()"]
 settings = ["Scalar(num_bits=8)"]
 small_dims = [2]
 [model]
@@ -55,10 +56,10 @@ def run(folder: Path, seen=None):
 
 def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
     results = read_results(suite / "results" / "tiny")
-    assert len(results) == 2 * 4
-    assert {result["run"]["family"] for result in results} == {"Full", "SmallDim", "Scalar", "PQ"}
+    assert len(results) == 2 * 5
+    assert {result["run"]["family"] for result in results} == {"Full", "SmallDim", "Scalar", "PQ", "Hash"}
     for result in results:
-        assert {"run", "quality", "size", "seconds", "peak_memory", "machine", "versions", "commit", "settings"} <= result.keys()
+        assert {"run", "quality", "size", "seconds", "peak_memory", "speed", "machine", "versions", "commit", "settings"} <= result.keys()
         assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
         assert {"auc", "logloss", "calibration", "auc_diff", "auc_diff_low", "auc_diff_high"} == result["quality"].keys()
         assert {"tables", "tables_full", "model", "model_full", "file", "vocabulary", "opponent"} == result["size"].keys()
@@ -91,7 +92,7 @@ def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     missing.unlink()
     seen = []
     run(suite, seen)
-    assert seen == [(missing.name, 8, 8)]
+    assert seen == [(missing.name, 10, 10)]
     after = {path: path.read_text() for path in sorted((suite / "results" / "tiny").glob("*.json"))}
     assert {path for path in before if before[path] == after[path]} >= set(before) - {missing}
     assert json.loads(after[missing])["quality"] == json.loads(before[missing])["quality"]
@@ -103,7 +104,8 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     assert [picture.name for picture in pictures] == ["tiny-small-deepfm.png"]
     assert all(picture.stat().st_size > 5000 for picture in pictures)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "PQ", "Scalar", "SmallDim"]
+    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Hash", "PQ", "Scalar", "SmallDim"]
+    assert any("`Hash() at 4x from scratch`" in row for row in rows)
     assert "pictures/tiny-small-deepfm.png" in text
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
     mean = sum(result["quality"]["auc"] for result in results) / 2

@@ -16,6 +16,7 @@ import torch
 
 from leanrec import runs
 from leanrec.bench.experiment import FULL, PLAIN, SMALL_DIM, Cell, Experiment, cells
+from leanrec.bench.speed import lookups_per_second
 from leanrec.data.loader import Loader
 from leanrec.data.prepare import prepare
 from leanrec.data.vocabulary import vocabulary_nbytes
@@ -25,6 +26,8 @@ from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress
 from leanrec.report import report
 from leanrec.train import TrainSettings, train_recommender, train_run
 from leanrec.tune import TUNING
+
+SPEED_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,8 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
         "vocabulary": vocabulary_nbytes(full.data),
         "opponent": _opponent(cell, folders, quality["auc"]),
     }
+    batch = next(Loader(full.data, "test", full.schema, batch_size=SPEED_BATCH).batches())
+    speed, full_speed = lookups_per_second([recommender.model, full.model], batch.features)
     return {
         "run": {
             "suite": folders.results.name,
@@ -207,6 +212,7 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
         "quality": quality,
         "size": size,
         "seconds": {**seconds, "evaluate": round(evaluated - start, 3)},
+        "speed": {"lookups_per_second": round(speed), "lookups_per_second_full": round(full_speed)},
         "peak_memory": runs.peak_memory(),
         "machine": runs.machine(),
         "versions": runs.versions(),

@@ -24,10 +24,9 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   and rows (DeLong within a seed, between-seed variance on top).
 - **tables**: bytes of all embedding tables as stored, codes, code books and scales counted; **ratio**: float32 bytes of the tables of the
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
-- **fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. Settings are chosen on validation
+- **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **look-ups**: ids that the
+  tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process. Settings are chosen on validation
   data; the test split is read once per run.
-- These are first results: the code still changed while they were made (see `commit` in each file), and where a small dimension is better than
-  the full model, the full model is not yet tuned as well as it can be.
 """
 
 
@@ -67,7 +66,19 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
         f"Embedding dimension {full[0]['run']['embedding_dim']}; tables {full[0]['size']['tables_full']:,} bytes, vocabulary "
         f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seeds; {results[0]['machine']}.\n"
     )
-    columns = ["method", "AUC", "AUC difference [95%]", "log loss", "tables (bytes)", "ratio", "model (bytes)", "fit (s)", "tune (s)"]
+    columns = [
+        "method",
+        "AUC",
+        "AUC difference [95%]",
+        "log loss",
+        "tables (bytes)",
+        "ratio",
+        "model (bytes)",
+        "train (s)",
+        "fit (s)",
+        "tune (s)",
+        "look-ups",
+    ]
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     groups = sorted(_grouped(results, _method_key), key=lambda group: (_order(group[0]), -_mean(group, "size", "tables")))
     picture = _picture(suite, results)
@@ -90,10 +101,20 @@ def _row(results: Sequence[Result]) -> str:
         f"{size:,.0f}",
         f"{_mean(results, 'size', 'tables_full') / size:.1f}",
         f"{_mean(results, 'size', 'model'):,.0f}",
+        f"{_mean(results, 'seconds', 'pretrain'):.1f}",
         f"{_mean(results, 'seconds', 'fit'):.1f}",
         f"{_mean(results, 'seconds', 'tune'):.1f}",
+        _speed(results),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _speed(results: Sequence[Result]) -> str:
+    """Look-ups per second of the compressed tables, and relative to the full ones in the same process."""
+    if any("speed" not in result for result in results):
+        return ""
+    speed, full = (_mean(results, "speed", key) for key in ("lookups_per_second", "lookups_per_second_full"))
+    return f"{speed / 1e6:.1f} M/s, {speed / full:.2f}x"
 
 
 def _difference(results: Sequence[Result]) -> str:
