@@ -7,6 +7,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from leanrec.methods.base import Method, Table
+from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
 from leanrec.methods.lowrank import LowRank
@@ -16,9 +17,9 @@ from leanrec.methods.quotient_remainder import QuotientRemainder
 from leanrec.methods.rq import RQ
 from leanrec.methods.scalar import Scalar
 
-__all__ = ["MEC", "METHODS", "PQ", "RQ", "Full", "Hash", "LowRank", "Method", "QuotientRemainder", "Scalar", "Table", "parse"]
+__all__ = ["MEC", "METHODS", "PQ", "RQ", "DropRare", "Full", "Hash", "LowRank", "Method", "QuotientRemainder", "Scalar", "Table", "parse"]
 
-METHODS: dict[str, type[Method]] = {method.__name__: method for method in (Full, Scalar, PQ, RQ, MEC, LowRank, Hash, QuotientRemainder)}
+METHODS: dict[str, type[Method]] = {method.__name__: method for method in (Full, Scalar, PQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare)}
 
 
 def parse(text: str) -> Method:
