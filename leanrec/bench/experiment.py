@@ -33,7 +33,7 @@ class Experiment:
         seeds: Of initial weights, order of rows, fit and tuning.
         methods: Text forms whose settings are chosen for each of `ratios`.
         ratios: Bytes of all tables before / after.
-        scratch: Text forms that the tables have from the first step of training on, at each of `ratios`.
+        scratch: Text forms that the tables have from the first step of training on, at each of `ratios`; as they stand where there are none.
         settings: Text forms that are taken as they stand.
         small_dims: Embedding dimensions of plain smaller models.
         model, train, tuning: Differences from the defaults. `tuning = false` compresses without fine-tuning.
@@ -111,5 +111,5 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
                 for ratio in experiment.ratios:
                     yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio)
             for text in experiment.scratch:
-                for ratio in experiment.ratios:
+                for ratio in experiment.ratios or (None,):
                     yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio, from_scratch=True)
