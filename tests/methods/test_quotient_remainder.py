@@ -88,6 +88,7 @@ def test_training_from_scratch_tells_rows_apart_that_share_a_remainder(sparse):
         ids = torch.randint(1000, (256,), generator=draws)
         optimizer.zero_grad()
         (table(ids) - target[ids]).square().mean().backward()
+        assert table.remainders.grad.is_sparse == table.quotients.grad.is_sparse == sparse
         optimizer.step()
     assert (table.decode() - target).square().mean() < 0.1 * target.var()
     assert table.nbytes == QuotientRemainder(num_remainders=50).nbytes(1000, 8)
