@@ -64,7 +64,7 @@ def compress(
     methods = choose(model, method)
     row_counts = group_counts(groups, counts)
     jobs = {path: chosen for path, chosen in methods.items() if chosen is not None and not _has_method(groups[path], chosen)}
-    _check(model, {path: groups[path] for path in jobs}, jobs)
+    _check(model, {path: groups[path] for path in jobs}, jobs, way="fit" if fit else "scratch")
     for done, (path, chosen) in enumerate(jobs.items(), start=1):
         model = _swap(model, groups.pop(path), chosen, row_counts.get(path), _generator(seed, path), fit=fit)
         if progress is not None:
@@ -139,7 +139,7 @@ def _has_method(group: Group, method: Method) -> bool:
     return isinstance(held, Table) and held.method == method
 
 
-def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, Method]) -> None:
+def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, Method], *, way: str) -> None:
     """Raise ValueError for the first table that cannot be compressed as asked."""
     ties = _ties(model, groups)
     for path, group in groups.items():
@@ -155,6 +155,9 @@ def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, 
         for place, module in group.items():
             if reason := _obstacle(module):
                 raise ValueError(f"{title(place, module)}: {reason}, or {_exempt(place)}.")
+        if way in methods[path].gaps:
+            how = {"fit": "be fitted to a trained table", "scratch": "be trained from scratch"}[way]
+            raise ValueError(f"{name}: {type(methods[path]).__name__} cannot {how}: {methods[path].gaps[way]}.")
         try:
             methods[path].nbytes(group[path].num_embeddings, group[path].embedding_dim)
         except ValueError as error:

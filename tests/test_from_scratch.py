@@ -1,6 +1,6 @@
 """Tables that are compressed from the first step of training on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from leanrec.data.loader import Loader
 from leanrec.embeddings import tables
 from leanrec.methods import METHODS
 from leanrec.methods.base import Method, Table
-from leanrec.recommender import open_run
+from leanrec.ops.metrics import auc
+from leanrec.recommender import open_run, predict
 from leanrec.train import RowAdam, TrainSettings, train_run
 
 SETTINGS = TrainSettings(epochs=3, batch_size=256, learning_rate=3e-3, table_learning_rate=3e-2, patience=4, checkpoint_steps=5)
@@ -143,3 +145,21 @@ def test_a_step_on_a_compressed_table_costs_what_the_batch_touches_also_after_lo
     table(torch.tensor([3, 5, 3])).sum().backward()
     assert table.coordinates.grad.is_sparse
     assert table.coordinates.grad.coalesce().indices().tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if "scratch" in kind.gaps])
+def test_a_method_that_cannot_learn_from_scratch_says_why(small_log, tmp_path, method):
+    with pytest.raises(ValueError, match=f"{method} cannot be trained from scratch: {METHODS[method].gaps['scratch']}"):
+        train_run(small_log, tmp_path / "run", model_settings=MODEL, settings=SETTINGS, method=method)
+
+
+@pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if "scratch" not in kind.gaps])
+def test_every_other_method_learns_and_its_file_answers_as_validation_saw(small_log, tmp_path, method):
+    settings = replace(SETTINGS, epochs=2)
+    record = train_run(small_log, tmp_path / "run", model_settings=MODEL, settings=settings, method=method)
+    assert record["valid"]["auc"] > 0.6
+    recommender = open_run(tmp_path / "run")
+    labels, logits = predict(recommender.model, Loader(small_log, "valid", recommender.schema, batch_size=1000))
+    assert auc(labels, logits) == pytest.approx(max(entry["auc"] for entry in record["history"]), abs=1e-4)
+    for table in tables(recommender.model).values():
+        assert sum(tensor.nbytes for tensor in table.state_dict().values()) == METHODS[method]().nbytes(table.num_embeddings, table.embedding_dim)

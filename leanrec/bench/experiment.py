@@ -111,5 +111,5 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
                 for ratio in experiment.ratios:
                     yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio)
             for text in experiment.scratch:
-                for ratio in experiment.ratios or (None,):
-                    yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio, from_scratch=True)
+                for size in experiment.ratios or (None,):
+                    yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=size, from_scratch=True)

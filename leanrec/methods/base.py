@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ class Method(ABC):
 
     knob: ClassVar[str]
     """The integer field that trades size for quality: size never falls as it grows."""
+    gaps: ClassVar[Mapping[str, str]] = {}
+    """Ways of use, "fit" after training or "scratch" from its first step on, that the method does not have -> why."""
 
     @abstractmethod
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:

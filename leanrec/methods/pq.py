@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -32,6 +32,9 @@ class PQ(Method):
         weight_power: A row counts as count ** weight_power in the fit.
     """
 
+    gaps: ClassVar[Mapping[str, str]] = {
+        "scratch": "its codes come from rows that are there, and would stay random; DPQ learns codes with the click loss"
+    }
     knob: ClassVar[str] = "num_subspaces"
     num_subspaces: int = 4
     num_centroids: int = 256

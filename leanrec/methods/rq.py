@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.base import Method, Table, row_weights
-from leanrec.methods.pq import centroid_choices, code_bits, coding_error, used_centroids
+from leanrec.methods.pq import PQ, centroid_choices, code_bits, coding_error, used_centroids
 from leanrec.ops.additive import improve_codes, level_means, residual_codebooks, sum_words, update_codebooks
 from leanrec.ops.kmeans import sample_rows
 from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
@@ -36,6 +36,7 @@ class RQ(Method):
         weight_power: A row counts as count ** weight_power in the fit.
     """
 
+    gaps: ClassVar[Mapping[str, str]] = PQ.gaps
     knob: ClassVar[str] = "num_levels"
     num_levels: int = 4
     num_centroids: int = 256

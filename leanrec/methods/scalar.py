@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ class Scalar(Method):
         group_size: Columns that share a scale, the last group possibly fewer; 0: the whole row.
     """
 
+    gaps: ClassVar[Mapping[str, str]] = {"scratch": "it rounds rows that are there; LowPrecision trains rounded rows"}
     knob: ClassVar[str] = "num_bits"
     num_bits: int = 8
     group_size: int = 0
