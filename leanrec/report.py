@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanrec.compress import group_counts
+from leanrec.dense import factored_layers
 from leanrec.embeddings import Group, address, group_nbytes, group_nbytes_full, listing, reconstruction_error, table_groups, title, unpooled
 from leanrec.methods.base import Table
 
@@ -49,8 +50,10 @@ class Report:
         rows: Per table.
         tables: All tables.
         tables_full: All tables as float32.
+        dense: Linear layers that `compress_dense` factored.
+        dense_full: The layers that they replaced, as float32.
         model: Tables and all else in the model's state.
-        model_full: The same with the tables as float32.
+        model_full: The same with the tables as float32 and no layer factored.
         vocabulary: The map of raw values to ids, which is part of what is served; None where it was not given.
         error: Mean of the tables' errors weighted by `nbytes_full`, uncompressed ones counting 0; None where one is not known.
     """
@@ -58,6 +61,8 @@ class Report:
     rows: tuple[TableReport, ...]
     tables: int
     tables_full: int
+    dense: int
+    dense_full: int
     model: int
     model_full: int
     vocabulary: int | None
@@ -81,6 +86,8 @@ class Report:
             for row in self.rows
         ]
         lines.append(("all tables", "", "", "", *_sizes(self.tables, self.tables_full), _error(self.error)))
+        if self.dense_full:
+            lines.append(("factored layers", "", "", "", *_sizes(self.dense, self.dense_full), ""))
         lines.append(("whole model", "", "", "", *_sizes(self.model, self.model_full), ""))
         if self.vocabulary is not None:
             lines.append(("vocabulary", "", "", "", f"{self.vocabulary:,}", "", "", ""))
@@ -110,9 +117,12 @@ def report(
     errors = {path: _fit_error(group) for path, group in groups.items()} if original is None else _measure(groups, original, counts)
     rows = tuple(_row(path, group, errors[path]) for path, group in groups.items())
     tables, tables_full = sum(row.nbytes for row in rows), sum(row.nbytes_full for row in rows)
+    layers = factored_layers(model).values()
+    dense, dense_full = sum(layer.nbytes for layer in layers), sum(layer.nbytes_full for layer in layers)
     state = {address(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
     total = sum(state.values())
-    return Report(rows, tables, tables_full, total, total - tables + tables_full, vocabulary_nbytes, _mean_error(rows))
+    total_full = total - tables + tables_full - dense + dense_full
+    return Report(rows, tables, tables_full, dense, dense_full, total, total_full, vocabulary_nbytes, _mean_error(rows))
 
 
 def _row(path: str, group: Group, error: float | None) -> TableReport:

@@ -1,4 +1,4 @@
-"""Models on disk: one safetensors file with all tensors, the tables' methods in its header, and a checksum over both."""
+"""Models on disk: one safetensors file with all tensors, in its header how tables and layers are compressed, and a checksum over both."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leanrec.bag import TableBag
+from leanrec.dense import LowRankLinear, factored_layers
 from leanrec.embeddings import EmbeddingModule, Group, address, listing, put, table_groups, tables, unpooled
 from leanrec.methods import parse
 from leanrec.methods.base import Table
@@ -45,6 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
         "format": "pt",
         "leanrec": FORMAT_VERSION,
         "tables": json.dumps(_describe(table_groups(model))),
+        "dense": json.dumps({path: layer.rank for path, layer in factored_layers(model).items()}),
         "shared": json.dumps(shared),
         "metadata": json.dumps(dict(metadata or {})),
     }
@@ -64,12 +66,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """A model as `save` wrote it, in a model built by the same code.
 
-    The tables that were compressed are put in the place of the model's own without ever making a full one, then all tensors are copied,
-    none missing and none left over. Everything is checked before the model is touched. What the model has on the meta device is put
-    on the CPU; with `torch.device("meta")` around its construction, nothing is allocated twice.
+    The tables that were compressed, and the layers that were factored, are put in the place of the model's own without ever making a full
+    one, then all tensors are copied, none missing and none left over. Everything is checked before the model is touched. What the model has
+    on the meta device is put on the CPU; with `torch.device("meta")` around its construction, nothing is allocated twice.
 
     Args:
-        model: Built as the saved one was before `compress`; its values do not matter.
+        model: Built as the saved one was before `compress` and `compress_dense`; its values do not matter.
         path: The file.
 
     Returns:
@@ -82,7 +84,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         shared: dict[str, str] = json.loads(header["shared"])
         stored |= {name: stored[first] for name, first in shared.items()}
-        modules = _build(json.loads(header["tables"]), model)
+        modules = _build(json.loads(header["tables"]), model) | _build_layers(json.loads(header.get("dense", "{}")), model)
         _check(model, modules, stored, shared)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -198,21 +200,33 @@ def _build(entries: list[dict[str, Any]], model: nn.Module) -> dict[str, nn.Modu
             if place not in places or (places[place].num_embeddings, places[place].embedding_dim) != (num_embeddings, embedding_dim):
                 known = listing(tables(model)) or "none"
                 raise ValueError(f"it holds the table {place!r} ({num_embeddings} x {embedding_dim}), but the model's tables are {known}.")
-        modules |= _build_table(entry)
+        modules |= _build_table(entry, sparse=any(unpooled(places[place]).sparse for place in entry["places"]))
     return modules
 
 
-def _build_table(entry: dict[str, Any]) -> dict[str, nn.Module]:
+def _build_table(entry: dict[str, Any], *, sparse: bool) -> dict[str, nn.Module]:
     try:
         with torch.device("meta"):
             table = parse(entry["method"]).build(entry["num_embeddings"], entry["embedding_dim"])
         if entry["dtype"] != "float32":
             table.to(ROW_DTYPES[entry["dtype"]])
-        table.padding_idx = entry["padding_idx"]
+        table.padding_idx, table.sparse = entry["padding_idx"], sparse
         table.fit_error = entry["fit_error"]
         return {place: table if pooling is None else TableBag(table, **pooling) for place, pooling in entry["places"].items()}
     except ValueError as error:
         raise ValueError(f"table {next(iter(entry['places']))!r}: {error}") from None
+
+
+def _build_layers(ranks: dict[str, int], model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> factored layer without values, on the meta device, for path -> rank."""
+    found = dict(model.named_modules())
+    modules: dict[str, nn.Module] = {}
+    for path, rank in ranks.items():
+        layer = found.get(path)
+        if not isinstance(layer, nn.Linear | LowRankLinear) or type(rank) is not int or not 1 <= rank <= min(layer.in_features, layer.out_features):
+            raise ValueError(f"it holds the layer {path!r} factored to rank {rank!r}, but the model has no nn.Linear there that wide.")
+        modules[path] = LowRankLinear.empty(layer, rank, device="meta")
+    return modules
 
 
 def _check(model: nn.Module, modules: Mapping[str, nn.Module], stored: Mapping[str, Tensor], shared: Mapping[str, str]) -> None:

@@ -1,15 +1,17 @@
-"""`leanrec compress`: the tables of a trained run made small, and the rest of it fitted to them again."""
+"""`leanrec compress`: the tables and the linear layers of a trained run made small, and the rest of it fitted to them again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from leanrec import runs, storage
 from leanrec.data.loader import Loader
 from leanrec.data.vocabulary import vocabulary_nbytes
+from leanrec.dense import compress_dense, factored_layers
 from leanrec.embeddings import tables, unpooled
 from leanrec.methods.base import Table
 from leanrec.ops.metrics import auc, log_loss
@@ -19,6 +21,7 @@ from leanrec.train import Progress, TrainSettings, train_recommender
 from leanrec.train.run import CHECKPOINT_FILE
 
 FITTED_FILE = "fitted.safetensors"
+DENSE_BATCHES = 16  # of PREDICT_BATCH rows: a hundred and more rows for each output of the widest usual layer
 
 TUNING = TrainSettings(epochs=2, learning_rate=1e-4, evaluations_per_epoch=4, patience=4, keep_initial=True)
 """Careful by default: small steps, looked at often, and the model stays as it was unless validation prefers the tuned one."""
@@ -31,12 +34,13 @@ def compress_run(
     method: str | Mapping[str, str | None] = "MEC()",
     ratio: float | None = None,
     nbytes: int | None = None,
+    dense_ratio: float | None = None,
     tuning: TrainSettings | None = TUNING,
     seed: int = 0,
     on_table: Callable[[str, int, int], None] | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
-    """The record of a run with its tables compressed and, unless `tuning` is None, fine-tuned with the click loss.
+    """The record of a run with its tables compressed, its linear layers too if so asked, and, unless `tuning` is None, fine-tuned.
 
     The weights that are kept are the best on the validation split, those before the first step of tuning among them. A killed run goes on
     where it was, and a finished one is not repeated.
@@ -47,7 +51,9 @@ def compress_run(
         method: Text form of one method for all tables, or glob on the tables' paths -> text form; None leaves a table alone.
         ratio: Bytes of all tables before / after, reached by choosing the method's settings for each table; or
         nbytes: bytes of all tables after. With neither, the method is taken as it stands.
-        tuning: How to fine-tune.
+        dense_ratio: Bytes of all linear layers before / after, by `compress_dense` on rows of the training split once the tables are
+            compressed; None leaves the layers as they are.
+        tuning: How to fine-tune with the click loss.
         seed: Source of the random draws of fit and tuning.
         on_table: Called with (table, tables done, tables in all).
         on_step: Called after every step of tuning.
@@ -56,6 +62,8 @@ def compress_run(
         ValueError: The run cannot be opened, a method does not fit, the budget is out of reach, or `out` holds something else.
     """
     arguments = {"run": run, "method": method, "ratio": ratio, "nbytes": nbytes, "tuning": tuning and asdict(tuning), "seed": seed}
+    if dense_ratio is not None:
+        arguments["dense_ratio"] = dense_ratio
     if runs.is_finished(out, command="compress", settings=arguments):
         return runs.load(out)
     recommender = open_run(run)
@@ -65,6 +73,8 @@ def compress_run(
             recommender.model = storage.load(recommender.model, fitted)
         else:
             compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
+            if dense_ratio is not None:
+                _compress_layers(recommender, dense_ratio, seed=seed)
             storage.save(recommender.model, fitted)
         sizes = size_report(recommender)
         progress = None
@@ -75,7 +85,11 @@ def compress_run(
         recommender.save(current.folder)
         fitted.unlink()
         current.results.update(
-            recommender=describe(recommender), methods=methods_of(recommender), report=sizes.to_dict(), **_quality(recommender, progress)
+            recommender=describe(recommender),
+            methods=methods_of(recommender),
+            ranks={path: layer.rank for path, layer in factored_layers(recommender.model).items()},
+            report=sizes.to_dict(),
+            **_quality(recommender, progress),
         )
     return runs.load(out)
 
@@ -89,6 +103,12 @@ def methods_of(recommender: Recommender) -> dict[str, str | None]:
     """Path of each table -> text form of its method, None where the table is as it was."""
     found = {path: unpooled(module) for path, module in tables(recommender.model).items()}
     return {path: repr(table.method) if isinstance(table, Table) else None for path, table in found.items()}
+
+
+def _compress_layers(recommender: Recommender, ratio: float, *, seed: int) -> None:
+    loader = Loader(recommender.data, "train", recommender.schema, batch_size=PREDICT_BATCH, seed=seed)
+    features = (batch.features for batch in islice(loader.batches(), DENSE_BATCHES))
+    recommender.model = compress_dense(recommender.model, features, ratio=ratio)
 
 
 def _quality(recommender: Recommender, progress: Progress | None) -> dict[str, Any]:

@@ -210,6 +210,7 @@ def train(
         "leanrec compress runs/base --method 'MEC(num_subspaces=4)' --out runs/mec",
         "leanrec compress runs/base --method 'PQ()' --nbytes 2000000 --tune-epochs 0 --out runs/pq",
         "leanrec compress runs/base --method '*.item=PQ(num_subspaces=8)' --method '*.user=Scalar(num_bits=4)' --out runs/mixed",
+        "leanrec compress runs/base --ratio 50 --dense-ratio 4 --out runs/smaller",
     )
 )
 def compress(
@@ -227,12 +228,15 @@ def compress(
         float | None, typer.Option(metavar="NUMBER", help="Make all tables together so many times smaller, by the method's settings.")
     ] = None,
     nbytes: Annotated[int | None, typer.Option(metavar="BYTES", help="Or give the bytes that all tables together may have.")] = None,
+    dense_ratio: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Make all linear layers together so many times smaller, by a low rank for each.")
+    ] = None,
     tune_epochs: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Most passes of fine-tuning afterwards; 0 for none.")] = 2,
     tune_learning_rate: Annotated[float, typer.Option(metavar="NUMBER", help="Of the fine-tuning.")] = 1e-4,
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Compress the embedding tables of a run.
+    """Compress the embedding tables of a run, and its linear layers if so asked.
 
     What is left of the model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it.
     """
@@ -249,6 +253,7 @@ def compress(
             method=methods_from(method or ["MEC()"]),
             ratio=ratio,
             nbytes=nbytes,
+            dense_ratio=dense_ratio,
             tuning=tuning,
             seed=seed,
             on_table=lambda table, done, total: shown.work(f"table {table}", done, total),

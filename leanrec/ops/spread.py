@@ -40,16 +40,37 @@ def variance(chunks: Iterable[Tensor], counts: Tensor | None = None) -> float:
 
 def mean_and_covariance(chunks: Iterable[Tensor], counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean row and covariance of V rows, each row weighted by its count, for arguments as `moments` takes them: (D,) and (D, D) float64."""
-    total, origin, mean, products = 0.0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    sums = Covariance()
     for rows, share in _with_shares(chunks, counts):
-        if total == 0:
-            origin = rows.mean(0)  # products of distances from about the mean lose nothing in a difference of large numbers
-        rows = rows - origin
-        mean = mean.to(rows) + share @ rows
-        products = products.to(rows) + rows.T @ (rows * share.unsqueeze(1))
-        total += float(share.sum())
-    mean = mean / total
-    return mean + origin, products / total - mean.outer(mean)
+        sums.add(rows, share)
+    return sums.value()
+
+
+class Covariance:
+    """Mean and covariance of rows that come in pieces.
+
+    Attributes:
+        total: Sum of the weights so far.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._origin, self._sum, self._products = torch.zeros(()), torch.zeros(()), torch.zeros(())
+
+    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
+        """Count in (N, D) rows with (N,) weights, or of weight 1 each, all float64."""
+        weights = torch.ones_like(rows[:, 0]) if weights is None else weights
+        if self.total == 0:
+            self._origin = rows.mean(0)  # products of distances from about the mean lose nothing in a difference of large numbers
+        rows = rows - self._origin
+        self._sum = self._sum.to(rows) + weights @ rows
+        self._products = self._products.to(rows) + rows.T @ (rows * weights.unsqueeze(1))
+        self.total += float(weights.sum())
+
+    def value(self) -> tuple[Tensor, Tensor]:
+        """(D,) and (D, D) float64."""
+        mean = self._sum / self.total
+        return mean + self._origin, self._products / self.total - mean.outer(mean)
 
 
 @dataclass(frozen=True, eq=False)

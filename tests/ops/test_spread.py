@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from leanrec.ops.kmeans import kmeans, nearest
-from leanrec.ops.spread import Spread, coded_variance, mean_and_covariance, moments, variance
+from leanrec.ops.spread import Covariance, Spread, coded_variance, mean_and_covariance, moments, variance
 
 
 def seeded(seed):
@@ -30,6 +30,16 @@ def test_moments_and_covariance_are_numpys(rows, counts):
     np.testing.assert_allclose(mean, np.average(rows.double(), axis=0, weights=counts))
     assert square == pytest.approx(np.average(rows.double().square().sum(1), weights=counts))
     assert variance(rows.split(77), counts) == pytest.approx(float(covariance.trace()))
+
+
+def test_covariance_of_rows_that_come_in_pieces_with_an_empty_one_is_numpys(rows):
+    sums = Covariance()
+    for piece in (rows[:0], rows[:10], rows[10:10], rows[10:]):
+        sums.add(piece.double())
+    mean, covariance = sums.value()
+    np.testing.assert_allclose(mean, rows.double().mean(0))
+    np.testing.assert_allclose(covariance, np.cov(rows.double().T, ddof=0))
+    assert sums.total == 300
 
 
 @pytest.mark.parametrize("counts", [None, torch.zeros(300, dtype=torch.int64)], ids=["none", "zero"])
