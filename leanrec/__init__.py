@@ -4,7 +4,7 @@ from leanrec.bag import TableBag
 from leanrec.budget import fit_budget
 from leanrec.compress import compress
 from leanrec.embeddings import tables
-from leanrec.methods import MEC, METHODS, OPQ, PQ, RQ, DropRare, Full, Hash, LowRank, Method, QuotientRemainder, Scalar, Table, parse
+from leanrec.methods import MEC, METHODS, OPQ, PQ, ROBE, RQ, DropRare, Full, Hash, LowRank, Method, QuotientRemainder, Scalar, Table, parse
 from leanrec.move import move_tables
 from leanrec.report import Report, report
 from leanrec.storage import load, save
@@ -14,6 +14,7 @@ __all__ = [
     "METHODS",
     "OPQ",
     "PQ",
+    "ROBE",
     "RQ",
     "DropRare",
     "Full",

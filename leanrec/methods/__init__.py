@@ -15,13 +15,30 @@ from leanrec.methods.mec import MEC
 from leanrec.methods.opq import OPQ
 from leanrec.methods.pq import PQ
 from leanrec.methods.quotient_remainder import QuotientRemainder
+from leanrec.methods.robe import ROBE
 from leanrec.methods.rq import RQ
 from leanrec.methods.scalar import Scalar
 
-__all__ = ["MEC", "METHODS", "OPQ", "PQ", "RQ", "DropRare", "Full", "Hash", "LowRank", "Method", "QuotientRemainder", "Scalar", "Table", "parse"]
+__all__ = [
+    "MEC",
+    "METHODS",
+    "OPQ",
+    "PQ",
+    "ROBE",
+    "RQ",
+    "DropRare",
+    "Full",
+    "Hash",
+    "LowRank",
+    "Method",
+    "QuotientRemainder",
+    "Scalar",
+    "Table",
+    "parse",
+]
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare)
+    method.__name__: method for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE)
 }
 
 
