@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from leanrec.bench import Experiment, bench, cells, read_results, write_plots, write_readme
+from leanrec.bench.methods_page import methods_page
 from leanrec.bench.table import readme
 from leanrec.methods import METHODS
 
@@ -124,6 +125,7 @@ def test_a_bad_experiment_is_one_line(tmp_path, text, message):
 def test_the_committed_page_is_what_the_committed_results_say():
     folder = REPOSITORY / "benchmarks"
     assert (folder / "README.md").read_text() == readme(folder), "run `leanrec bench --table`"
+    assert (folder / "METHODS.md").read_text() == methods_page(folder), "run `leanrec bench --table`"
 
 
 def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to_one():

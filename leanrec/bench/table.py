@@ -41,7 +41,7 @@ def readme(folder: Path) -> str:
     """What `README.md` has to say."""
     parts = [HEADER]
     for suite in sorted(path for path in (folder / "results").iterdir() if path.is_dir()):
-        parts += [f"## {suite.name}\n", *(_experiment(group, folder, suite.name) for group in _grouped(read_results(suite), _experiment_key))]
+        parts += [f"## {suite.name}\n", *(_experiment(group, folder, suite.name) for group in grouped(read_results(suite), _experiment_key))]
     return "\n".join(parts)
 
 
@@ -52,7 +52,7 @@ def write_plots(folder: Path) -> list[Path]:
         ModuleNotFoundError: matplotlib is not installed.
     """
     suites = sorted(path for path in (folder / "results").iterdir() if path.is_dir())
-    groups = [(suite.name, group) for suite in suites for group in _grouped(read_results(suite), _experiment_key)]
+    groups = [(suite.name, group) for suite in suites for group in grouped(read_results(suite), _experiment_key)]
     compared = [(suite, group) for suite, group in groups if len({result["run"]["family"] for result in group}) > 2]
     return [_plot(group, folder / _picture(suite, group)) for suite, group in compared]
 
@@ -80,7 +80,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
         "look-ups",
     ]
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
-    groups = sorted(_grouped(results, _method_key), key=lambda group: (_order(group[0]), -_mean(group, "size", "tables")))
+    groups = sorted(grouped(results, _method_key), key=lambda group: (_order(group[0]), -mean(group, "size", "tables")))
     picture = _picture(suite, results)
     image = f"\n![AUC over bytes]({picture})\n" if (folder / picture).exists() else ""
     return "\n".join([title, about, head, *(_row(group) for group in groups), image])
@@ -88,7 +88,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
 
 def _row(results: Sequence[Result]) -> str:
     """One method at one size, over its seeds."""
-    run, size = results[0]["run"], _mean(results, "size", "tables")
+    run, size = results[0]["run"], mean(results, "size", "tables")
     short = run["method"] if run["family"] == SMALL_DIM else parse(run["method"]).short()
     name = short + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
     aucs = [result["quality"]["auc"] for result in results]
@@ -96,14 +96,14 @@ def _row(results: Sequence[Result]) -> str:
     cells = [
         f"`{name}`",
         f"{fmean(aucs):.4f}{spread}",
-        "" if run["family"] == FULL else _difference(results),
-        f"{_mean(results, 'quality', 'logloss'):.4f}",
+        "" if run["family"] == FULL else difference(results),
+        f"{mean(results, 'quality', 'logloss'):.4f}",
         f"{size:,.0f}",
-        f"{_mean(results, 'size', 'tables_full') / size:.1f}",
-        f"{_mean(results, 'size', 'model'):,.0f}",
-        f"{_mean(results, 'seconds', 'pretrain'):.1f}",
-        f"{_mean(results, 'seconds', 'fit'):.1f}",
-        f"{_mean(results, 'seconds', 'tune'):.1f}",
+        f"{mean(results, 'size', 'tables_full') / size:.1f}",
+        f"{mean(results, 'size', 'model'):,.0f}",
+        f"{mean(results, 'seconds', 'pretrain'):.1f}",
+        f"{mean(results, 'seconds', 'fit'):.1f}",
+        f"{mean(results, 'seconds', 'tune'):.1f}",
         _speed(results),
     ]
     return "| " + " | ".join(cells) + " |"
@@ -113,11 +113,11 @@ def _speed(results: Sequence[Result]) -> str:
     """Look-ups per second of the compressed tables, and relative to the full ones in the same process."""
     if any("speed" not in result for result in results):
         return ""
-    speed, full = (_mean(results, "speed", key) for key in ("lookups_per_second", "lookups_per_second_full"))
+    speed, full = (mean(results, "speed", key) for key in ("lookups_per_second", "lookups_per_second_full"))
     return f"{speed / 1e6:.1f} M/s, {speed / full:.2f}x"
 
 
-def _difference(results: Sequence[Result]) -> str:
+def difference(results: Sequence[Result]) -> str:
     """Mean AUC difference over seeds and its interval; of a single seed, the interval over its rows."""
     if len(results) == 1:
         quality = results[0]["quality"]
@@ -135,9 +135,9 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for (_, family, scratch), members in groupby(sorted(results, key=_order), key=_order):
-        groups = sorted(_grouped(list(members), _method_key), key=lambda group: _mean(group, "size", "tables"))
-        sizes = [_mean(group, "size", "tables") for group in groups]
-        means = [_mean(group, "quality", "auc") for group in groups]
+        groups = sorted(grouped(list(members), _method_key), key=lambda group: mean(group, "size", "tables"))
+        sizes = [mean(group, "size", "tables") for group in groups]
+        means = [mean(group, "quality", "auc") for group in groups]
         if family == FULL:
             axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label=f"full model, {sizes[0]:,.0f} bytes")
             continue
@@ -156,7 +156,7 @@ def _picture(suite: str, results: Sequence[Result]) -> str:
     return f"pictures/{suite}-{run['experiment']}-{run['backbone']}.png"
 
 
-def _grouped(results: Iterable[Result], key: Any) -> list[list[Result]]:
+def grouped(results: Iterable[Result], key: Any) -> list[list[Result]]:
     """Results that share a key, keys in order."""
     return [list(group) for _, group in groupby(sorted(results, key=key), key=key)]
 
@@ -179,5 +179,6 @@ def _order(result: Result) -> tuple[bool, str, bool]:
     return result["run"]["family"] != FULL, result["run"]["family"], _scratch(result)
 
 
-def _mean(results: Sequence[Result], part: str, key: str) -> float:
+def mean(results: Sequence[Result], part: str, key: str) -> float:
+    """Mean over results of one of their numbers."""
     return fmean(result[part][key] for result in results)

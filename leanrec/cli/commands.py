@@ -360,7 +360,7 @@ def bench(
     plot: Annotated[bool, typer.Option("--plot", help="Write pictures of quality over bytes from all results.")] = False,
 ) -> None:
     """Run experiments; make tables of the results."""
-    from leanrec.bench import bench, write_plots, write_readme
+    from leanrec.bench import bench, write_methods_page, write_plots, write_readme
 
     if experiments:
         if logs is None:
@@ -374,7 +374,7 @@ def bench(
                 num_jobs=jobs,
                 on_result=lambda name, done, total: shown.line(f"{done} of {total}: {name}"),
             )
-    for path in (write_plots(out) if plot else []) + ([write_readme(out)] if table else []):
+    for path in (write_plots(out) if plot else []) + ([write_readme(out), write_methods_page(out)] if table else []):
         typer.echo(f"written: {path}")
     if not experiments and not table and not plot:
         raise typer.BadParameter("nothing to do: name TOML files of experiments, or give --table or --plot.")

@@ -1,5 +1,4 @@
 """MEC: product quantization with popularity-weighted code balance and contrastive learning.
-
 Wang et al., A Universal Framework for Compressing Embeddings in CTR Prediction, DASFAA 2025, arXiv 2502.15355.
 """
 
