@@ -4,7 +4,24 @@ from leanrec.bag import TableBag
 from leanrec.budget import fit_budget
 from leanrec.compress import compress
 from leanrec.embeddings import tables
-from leanrec.methods import MEC, METHODS, OPQ, PQ, ROBE, RQ, DropRare, Full, Hash, LowRank, Method, QuotientRemainder, Scalar, Table, parse
+from leanrec.methods import (
+    MEC,
+    METHODS,
+    OPQ,
+    PQ,
+    ROBE,
+    RQ,
+    DropRare,
+    Full,
+    Hash,
+    LowRank,
+    Method,
+    MixedPrecision,
+    QuotientRemainder,
+    Scalar,
+    Table,
+    parse,
+)
 from leanrec.move import move_tables
 from leanrec.report import Report, report
 from leanrec.storage import load, save
@@ -21,6 +38,7 @@ __all__ = [
     "Hash",
     "LowRank",
     "Method",
+    "MixedPrecision",
     "QuotientRemainder",
     "Report",
     "Scalar",

@@ -12,6 +12,7 @@ from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
 from leanrec.methods.lowrank import LowRank
 from leanrec.methods.mec import MEC
+from leanrec.methods.mixedprecision import MixedPrecision
 from leanrec.methods.opq import OPQ
 from leanrec.methods.pq import PQ
 from leanrec.methods.quotient_remainder import QuotientRemainder
@@ -31,6 +32,7 @@ __all__ = [
     "Hash",
     "LowRank",
     "Method",
+    "MixedPrecision",
     "QuotientRemainder",
     "Scalar",
     "Table",
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE)
+    method.__name__: method for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision)
 }
 
 

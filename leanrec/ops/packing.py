@@ -53,6 +53,23 @@ def unpack_rows(packed: Tensor, ids: Tensor, codes_per_row: int, num_bits: int) 
     return _unpack_across_bytes(packed, ids, codes_per_row, num_bits)
 
 
+def unpack_at(packed: Tensor, first_bits: Tensor, num_bits: Tensor) -> Tensor:
+    """Codes of up to 8 bits that begin at given bits of the stream, each of its own width.
+
+    Args:
+        packed: (bytes,) uint8.
+        first_bits: (N, M) int64, the lowest bit of each code.
+        num_bits: (N, M) or (N, 1) int64, 0 to 8; a code of 0 bits is 0.
+
+    Returns:
+        (N, M) int64.
+    """
+    first, last = first_bits >> 3, packed.numel() - 1
+    # Bytes past the end hold no bit of a code, so the last one may stand in for them.
+    low, high = packed[first.clamp(max=last)].long(), packed[(first + 1).clamp(max=last)].long()
+    return (low | high << 8) >> (first_bits & 7) & (1 << num_bits) - 1
+
+
 def _pack_chunk(codes: Tensor, num_bits: int) -> Tensor:
     """As `pack`, at one go."""
     if num_bits == 8:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from leanrec.ops import packing
-from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
+from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_at, unpack_rows
 
 
 def random_codes(num_rows, codes_per_row, num_bits):
@@ -64,3 +64,11 @@ def test_unpacking_exports(num_bits):
     program = torch.export.export(Unpack(), (packed, ids), dynamic_shapes=(None, {0: torch.export.Dim("batch")})).module()
     longer = torch.arange(20)
     assert torch.equal(program(packed, longer), codes)
+
+
+def test_codes_of_several_widths_unpack_from_where_they_begin():
+    widths = torch.arange(9).repeat(20)
+    codes = torch.randint(256, (180,), generator=torch.Generator().manual_seed(0)) & (1 << widths) - 1
+    bits = [code >> bit & 1 for code, width in zip(codes.tolist(), widths.tolist(), strict=True) for bit in range(width)]
+    packed = torch.from_numpy(np.packbits(np.array(bits, dtype=np.uint8), bitorder="little"))
+    assert torch.equal(unpack_at(packed, (widths.cumsum(0) - widths).view(60, 3), widths.view(60, 3)), codes.view(60, 3))

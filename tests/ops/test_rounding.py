@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from leanrec.ops.rounding import dequantize, largest_magnitudes, least_squares_scales, quantize
+from leanrec.ops.rounding import (
+    GAUSSIAN_ERRORS,
+    GAUSSIAN_SCALES,
+    dequantize,
+    fake_quantize,
+    largest_magnitudes,
+    least_squares_scales,
+    quantize,
+)
 
 
 def rows(num_rows=200, width=16):
@@ -51,3 +59,35 @@ def test_scales_are_as_good_as_those_of_a_fine_search():
 
 def test_magnitudes_beyond_float16_are_cut_to_its_range():
     assert largest_magnitudes(torch.tensor([[1e9, 1.0]])).isfinite().all()
+
+
+@pytest.mark.parametrize("num_bits", range(9))
+def test_the_best_even_levels_for_a_gaussian_have_the_scale_and_the_error_listed(num_bits):
+    normal = torch.distributions.Normal(0.0, 1.0)
+    values = normal.icdf((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000).unsqueeze(1)
+
+    def error(scale):
+        return float((fake_quantize(values, torch.tensor([[scale]], dtype=torch.float64), torch.tensor([[num_bits]])) - values).square().mean())
+
+    scale, listed = GAUSSIAN_SCALES[num_bits], GAUSSIAN_ERRORS[num_bits]
+    assert error(scale) == pytest.approx(listed, rel=1e-2)  # the tail ends at 4.7 deviations
+    if num_bits:
+        assert error(scale) < min(error(scale * 0.97), error(scale * 1.03))
+
+
+def test_rounding_in_training_gives_the_values_of_the_stored_codes():
+    values, scales = rows(), rows(200, 1).abs()
+    for num_bits in (1, 3, 8):
+        expected = dequantize(quantize(values, scales, num_bits), scales, num_bits)
+        torch.testing.assert_close(fake_quantize(values, scales, torch.full((200, 1), num_bits)), expected, rtol=1e-4, atol=1e-6)
+    assert not fake_quantize(values, scales, torch.zeros(200, 1, dtype=torch.int64)).any()
+
+
+def test_gradients_of_rounding_are_those_of_learned_step_sizes():
+    values, scales = rows().requires_grad_(), torch.full((200, 1), 0.8, requires_grad=True)
+    rounded = fake_quantize(values, scales, torch.full((200, 1), 3))
+    rounded.sum().backward()
+    inside = values.abs() < 0.8
+    assert torch.equal(values.grad, inside.float())
+    expected = torch.where(inside, (rounded - values) / 0.8, values.sign()).sum(1, keepdim=True)  # Esser et al., equation 3
+    torch.testing.assert_close(scales.grad, expected.detach(), rtol=1e-4, atol=1e-5)
