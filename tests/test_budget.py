@@ -1,5 +1,6 @@
 import itertools
 import random
+import re
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from leanrec.budget import Option, fit_budget, lower_hull, spend
 from leanrec.compress import compress, tables
+from leanrec.methods import METHODS
 from leanrec.methods.full import Full
 from leanrec.methods.pq import PQ
 from leanrec.report import report
@@ -22,6 +24,7 @@ def model(**scales):
 
 
 FULL = 400 * 8 * 4
+SIZES = {"user": 20_000, "hour": 26}
 
 
 def random_options(rng, *, num_options):
@@ -169,3 +172,22 @@ def test_ratio_must_be_positive(ratio):
 def test_pattern_without_a_table_is_an_error():
     with pytest.raises(ValueError, match="No table matches the pattern 'usr'"):
         fit_budget(model(user=1.0), {"usr": PQ()}, ratio=2)
+
+
+@pytest.mark.parametrize("ratio", [10, 50, 100, 1000])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_placed_at_a_ratio_or_says_the_nearest_it_can_do(method, ratio):
+    draws = torch.Generator().manual_seed(0)
+    network = nn.ModuleDict({name: nn.Embedding(size, 16, _weight=torch.randn(size, 16, generator=draws)) for name, size in SIZES.items()})
+    counts = {name: (1_000_000 / (1 + torch.arange(size))).long() for name, size in SIZES.items()}
+    full = sum(SIZES.values()) * 16 * 4
+    try:
+        plan = fit_budget(network, METHODS[method](), ratio=ratio, counts=counts)
+    except ValueError as error:
+        nearest = float(re.fullmatch(r".* a ratio of ([\d.]+)\.", str(error))[1])
+        assert nearest < ratio
+        if nearest < 1:
+            return
+        plan, ratio = fit_budget(network, METHODS[method](), ratio=nearest - 0.05, counts=counts), nearest - 0.05
+    sizes = [SIZES[name] * 16 * 4 if chosen is None else chosen.nbytes(SIZES[name], 16) for name, chosen in plan.items()]
+    assert sum(sizes) <= full / ratio
