@@ -20,6 +20,7 @@ from leanrec.methods import (
     QuotientRemainder,
     Scalar,
     Table,
+    TensorTrain,
     parse,
 )
 from leanrec.move import move_tables
@@ -44,6 +45,7 @@ __all__ = [
     "Scalar",
     "Table",
     "TableBag",
+    "TensorTrain",
     "compress",
     "fit_budget",
     "load",

@@ -19,6 +19,7 @@ from leanrec.methods.quotient_remainder import QuotientRemainder
 from leanrec.methods.robe import ROBE
 from leanrec.methods.rq import RQ
 from leanrec.methods.scalar import Scalar
+from leanrec.methods.tensor_train import TensorTrain
 
 __all__ = [
     "MEC",
@@ -36,11 +37,13 @@ __all__ = [
     "QuotientRemainder",
     "Scalar",
     "Table",
+    "TensorTrain",
     "parse",
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.__name__: method for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision)
+    method.__name__: method
+    for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision, TensorTrain)
 }
 
 
