@@ -7,6 +7,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from leanrec.methods.base import Method, Table
+from leanrec.methods.cprec import AdaptiveOutput, CpRec
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
@@ -28,6 +29,8 @@ __all__ = [
     "PQ",
     "ROBE",
     "RQ",
+    "AdaptiveOutput",
+    "CpRec",
     "DropRare",
     "Full",
     "Hash",
@@ -43,7 +46,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
-    for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision, TensorTrain)
+    for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision, TensorTrain, CpRec)
 }
 
 

@@ -1,4 +1,4 @@
-"""One vector for all rare rows: the frequency cut-off of every production system; Cheng et al., Wide & Deep, DLRS 2016, arXiv 1606.07792."""
+"""One vector for all rare rows: the usual frequency cut-off, as in Cheng et al., Wide & Deep, DLRS 2016, arXiv 1606.07792."""
 
 from __future__ import annotations
 

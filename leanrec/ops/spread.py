@@ -87,6 +87,7 @@ class Spread:
     covariance: Tensor
     shares: Tensor
     _spectra: dict[int, list[list[float]]] = field(default_factory=dict, init=False, repr=False)
+    _shares_beyond: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def measure(cls, chunks: Iterable[Tensor], num_embeddings: int, counts: Tensor | None = None) -> Spread:
@@ -111,7 +112,9 @@ class Spread:
 
     def share_beyond(self, num_rows: int) -> float:
         """Share of the look-ups that ask for other rows than the `num_rows` most popular."""
-        return 0.0 if num_rows >= self.num_embeddings else float(self.shares[num_rows:].sum(dtype=torch.float64))
+        if num_rows not in self._shares_beyond:
+            self._shares_beyond[num_rows] = float(self.shares[num_rows:].sum(dtype=torch.float64))
+        return self._shares_beyond[num_rows]
 
     def spectra(self, num_parts: int) -> list[list[float]]:
         """For each of equally wide parts of a row, its variances along its principal axes, falling."""
