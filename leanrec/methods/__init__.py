@@ -13,6 +13,7 @@ from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
 from leanrec.methods.lowrank import LowRank
 from leanrec.methods.mec import MEC
+from leanrec.methods.mixeddim import MixedDim
 from leanrec.methods.mixedprecision import MixedPrecision
 from leanrec.methods.opq import OPQ
 from leanrec.methods.pq import PQ
@@ -36,6 +37,7 @@ __all__ = [
     "Hash",
     "LowRank",
     "Method",
+    "MixedDim",
     "MixedPrecision",
     "QuotientRemainder",
     "Scalar",
@@ -46,7 +48,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
-    for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision, TensorTrain, CpRec)
+    for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision, TensorTrain, CpRec, MixedDim)
 }
 
 
