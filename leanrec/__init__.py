@@ -5,6 +5,7 @@ from leanrec.budget import fit_budget
 from leanrec.compress import compress
 from leanrec.embeddings import tables
 from leanrec.methods import (
+    CAFE,
     MEC,
     METHODS,
     OPQ,
@@ -31,6 +32,7 @@ from leanrec.report import Report, report
 from leanrec.storage import load, save
 
 __all__ = [
+    "CAFE",
     "MEC",
     "METHODS",
     "OPQ",

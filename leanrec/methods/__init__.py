@@ -7,6 +7,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from leanrec.methods.base import Method, Table
+from leanrec.methods.cafe import CAFE
 from leanrec.methods.cprec import AdaptiveOutput, CpRec
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
@@ -24,6 +25,7 @@ from leanrec.methods.scalar import Scalar
 from leanrec.methods.tensor_train import TensorTrain
 
 __all__ = [
+    "CAFE",
     "MEC",
     "METHODS",
     "OPQ",
@@ -48,7 +50,24 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.__name__: method
-    for method in (Full, Scalar, PQ, OPQ, RQ, MEC, LowRank, Hash, QuotientRemainder, DropRare, ROBE, MixedPrecision, TensorTrain, CpRec, MixedDim)
+    for method in (
+        Full,
+        Scalar,
+        PQ,
+        OPQ,
+        RQ,
+        MEC,
+        LowRank,
+        Hash,
+        QuotientRemainder,
+        DropRare,
+        ROBE,
+        MixedPrecision,
+        TensorTrain,
+        CpRec,
+        MixedDim,
+        CAFE,
+    )
 }
 
 
