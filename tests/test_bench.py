@@ -58,7 +58,7 @@ def run(folder: Path, seen=None):
 def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
     results = read_results(suite / "results" / "tiny")
     assert len(results) == 2 * 5
-    assert {result["run"]["family"] for result in results} == {"Full", "SmallDim", "Scalar", "PQ", "Hash"}
+    assert {result["run"]["family"] for result in results} == {"Full", "Smaller", "Scalar", "PQ", "Hash"}
     for result in results:
         assert {"run", "quality", "size", "seconds", "peak_memory", "speed", "machine", "versions", "commit", "settings"} <= result.keys()
         assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
@@ -80,10 +80,18 @@ def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_a
     for result in (result for result in results if result["run"]["family"] == "PQ"):
         assert result["size"]["tables"] <= result["size"]["tables_full"] / 4
         plain = [
-            other for other in results if other["run"]["family"] in ("Full", "SmallDim", "Scalar") and other["run"]["seed"] == result["run"]["seed"]
+            other for other in results if other["run"]["family"] in ("Full", "Smaller", "Scalar") and other["run"]["seed"] == result["run"]["seed"]
         ]
         as_good = [other["size"]["tables"] for other in plain if other["quality"]["auc"] >= result["quality"]["auc"]]
         assert result["size"]["opponent"] == min(as_good, default=None)
+
+
+def test_smaller_models_of_earlier_results_are_not_taken_for_the_method_of_that_name(tmp_path):
+    earlier = {"run": {"family": "SmallDim", "method": "SmallDim(embedding_dim=4)", "embedding_dim": 4}}
+    method = {"run": {"family": "SmallDim", "method": "SmallDim(small_dim=4)", "embedding_dim": 32}}
+    for name, result in {"1.json": earlier, "2.json": method}.items():
+        (tmp_path / name).write_text(json.dumps(result))
+    assert read_results(tmp_path) == [{"run": {"family": "Smaller", "method": "Full()", "embedding_dim": 4}}, method]
 
 
 def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
@@ -105,7 +113,7 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     assert [picture.name for picture in pictures] == ["tiny-small-deepfm.png"]
     assert all(picture.stat().st_size > 5000 for picture in pictures)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Hash", "PQ", "Scalar", "SmallDim"]
+    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Hash", "PQ", "Scalar", "Full of dimension 2"]
     assert any("`Hash() at 4x from scratch`" in row for row in rows)
     assert "pictures/tiny-small-deepfm.png" in text
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
@@ -133,4 +141,4 @@ def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to
     expected = {(toml.parent.name, cell.file_name) for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))}
     results = {(path.parent.name, path.name) for path in (folder / "results").glob("*/*.json")}
     assert results <= expected
-    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "SmallDim"}
+    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "Smaller"}

@@ -16,8 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FULL, SMALL_DIM = "Full", "SmallDim"
-PLAIN = (FULL, SMALL_DIM, "Scalar")
+FULL, SMALLER = "Full", "Smaller"
+PLAIN = (FULL, SMALLER, "Scalar")
 """Families that a compressor has to beat: what anybody can do without it."""
 
 
@@ -92,7 +92,8 @@ class Cell:
     def file_name(self) -> str:
         """Name of its result: readable, and one for each cell."""
         size = f"-{self.ratio:g}x" if self.ratio is not None else ""
-        short = self.method if self.family == SMALL_DIM else parse(self.method).short()
+        # Not the method SmallDim: smaller models had this name in results before there was such a method.
+        short = f"SmallDim(embedding_dim={self.embedding_dim})" if self.family == SMALLER else parse(self.method).short()
         method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-") + ("-scratch" if self.from_scratch else "")
         return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
 
@@ -104,7 +105,7 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
             full = Cell(experiment, backbone, FULL, "Full()", experiment.embedding_dim, seed)
             yield full
             for dim in experiment.small_dims:
-                yield replace(full, family=SMALL_DIM, method=f"SmallDim(embedding_dim={dim})", embedding_dim=dim)
+                yield replace(full, family=SMALLER, embedding_dim=dim)
             for text in experiment.settings:
                 yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)))
             for text in experiment.methods:

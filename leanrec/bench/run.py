@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from leanrec import runs
-from leanrec.bench.experiment import FULL, PLAIN, SMALL_DIM, Cell, Experiment, cells
+from leanrec.bench.experiment import FULL, PLAIN, SMALLER, Cell, Experiment, cells
 from leanrec.bench.speed import lookups_per_second
 from leanrec.data.loader import Loader
 from leanrec.data.prepare import prepare
@@ -100,7 +100,7 @@ def run_cell(job: tuple[Cell, Folders]) -> Path:
     if cell.from_scratch:
         result = _scratch_result(cell, folders, full_run)
     else:
-        result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALL_DIM) else _compressed_result(cell, folders, full_run)
+        result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALLER) else _compressed_result(cell, folders, full_run)
     folders.results.mkdir(parents=True, exist_ok=True)
     path = folders.results / cell.file_name
     runs.write_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -234,4 +234,12 @@ def _place(result: Mapping[str, Any]) -> tuple[str, str, int]:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All results of a suite, in the order of their names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [_renamed(json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+
+
+def _renamed(result: dict[str, Any]) -> dict[str, Any]:
+    """A result in today's words: smaller models were once of the family SmallDim, which now is a method with other settings."""
+    run = result["run"]
+    if run["method"] == f"SmallDim(embedding_dim={run['embedding_dim']})":
+        run |= {"family": SMALLER, "method": "Full()"}
+    return result

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from leanrec.bench.experiment import FULL, SMALL_DIM
+from leanrec.bench.experiment import FULL, SMALLER
 from leanrec.bench.run import read_results
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
@@ -89,7 +89,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
 def _row(results: Sequence[Result]) -> str:
     """One method at one size, over its seeds."""
     run, size = results[0]["run"], mean(results, "size", "tables")
-    short = run["method"] if run["family"] == SMALL_DIM else parse(run["method"]).short()
+    short = f"Full of dimension {run['embedding_dim']}" if run["family"] == SMALLER else parse(run["method"]).short()
     name = short + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
     aucs = [result["quality"]["auc"] for result in results]
     spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""

@@ -22,6 +22,7 @@ from leanrec.methods.quotient_remainder import QuotientRemainder
 from leanrec.methods.robe import ROBE
 from leanrec.methods.rq import RQ
 from leanrec.methods.scalar import Scalar
+from leanrec.methods.smalldim import SmallDim
 from leanrec.methods.tensor_train import TensorTrain
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "MixedPrecision",
     "QuotientRemainder",
     "Scalar",
+    "SmallDim",
     "Table",
     "TensorTrain",
     "parse",
@@ -67,6 +69,7 @@ METHODS: dict[str, type[Method]] = {
         CpRec,
         MixedDim,
         CAFE,
+        SmallDim,
     )
 }
 
