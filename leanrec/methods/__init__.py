@@ -12,6 +12,7 @@ from leanrec.methods.cprec import AdaptiveOutput, CpRec
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
+from leanrec.methods.lowprecision import LowPrecision
 from leanrec.methods.lowrank import LowRank
 from leanrec.methods.mec import MEC
 from leanrec.methods.mixeddim import MixedDim
@@ -38,6 +39,7 @@ __all__ = [
     "DropRare",
     "Full",
     "Hash",
+    "LowPrecision",
     "LowRank",
     "Method",
     "MixedDim",
@@ -70,6 +72,7 @@ METHODS: dict[str, type[Method]] = {
         MixedDim,
         CAFE,
         SmallDim,
+        LowPrecision,
     )
 }
 
