@@ -62,16 +62,22 @@ def fit_budget(
     full = sum(group_nbytes_full(group) for group in groups.values())
     budget = _budget(full, nbytes, ratio)
     row_counts = group_counts(groups, counts)
-    options = [_options(path, group, chosen[path], row_counts.get(path)) for path, group in groups.items()]
-    smallest = sum(min(option.nbytes for option in choices) for choices in options)
+    smallest = least_nbytes(model, method)
     if smallest > budget:
         raise ValueError(
             f"The budget of {budget} bytes cannot be met: the smallest that {method} can do with these {len(groups)} tables is "
             f"{smallest} bytes, a ratio of {full / smallest:.1f}."
         )
+    options = [_options(path, group, chosen[path], row_counts.get(path)) for path, group in groups.items()]
     picks = dict(zip(groups, spend(options, budget), strict=True))
     owners = {path: first for first, group in groups.items() for path in group}
     return {glob.escape(path): picks[owners[path]].method for path in tables(model)}
+
+
+def least_nbytes(model: nn.Module, method: Method | Mapping[str, Method | None]) -> int:
+    """The fewest bytes of all tables together that `fit_budget` can reach; for the arguments and errors see there."""
+    chosen, groups = choose(model, method), table_groups(model)
+    return sum(min(nbytes for _, nbytes in _sizes(path, group, chosen[path])) for path, group in groups.items())
 
 
 def spend(options: Sequence[Sequence[Option]], nbytes: int) -> list[Option]:
@@ -133,13 +139,19 @@ def _budget(full: int, nbytes: int | None, ratio: float | None) -> int:
 def _options(path: str, group: Group, method: Method | None, counts: Tensor | None) -> list[Option]:
     """What can be done with a table; leaving it alone is the last."""
     module = next(iter(group.values()))
-    alone = Option(None, group_nbytes(group), 0.0)
+    sizes = _sizes(path, group, method)
+    spread = Spread.measure(row_chunks(module), module.num_embeddings, counts) if method else None
+    return [Option(variant, nbytes, spread.variance * variant.expected_error(spread) if variant and spread else 0.0) for variant, nbytes in sizes]
+
+
+def _sizes(path: str, group: Group, method: Method | None) -> list[tuple[Method | None, int]]:
+    """The same, each with its bytes."""
+    alone = (None, group_nbytes(group))
     if method is None:
         return [alone]
-    size = (module.num_embeddings, module.embedding_dim)
-    spread = Spread.measure(row_chunks(module), module.num_embeddings, counts)
+    module = next(iter(group.values()))
+    shape = (module.num_embeddings, module.embedding_dim)
     try:
-        variants = [Option(variant, variant.nbytes(*size), spread.variance * variant.expected_error(spread)) for variant in method.variants(*size)]
+        return [*((variant, variant.nbytes(*shape)) for variant in method.variants(*shape)), alone]
     except ValueError as error:
         raise ValueError(f"{title(path, module)}: {error}") from None
-    return [*variants, alone]

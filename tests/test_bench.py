@@ -14,8 +14,8 @@ dataset = "small"
 embedding_dim = 8
 seeds = [0, 1]
 methods = ["PQ()"]
-ratios = [4]
-scratch = ["Hash()"]
+ratios = [20]
+scratch = ["Hash()", "LowRank()"]
 settings = ["Scalar(num_bits=8)"]
 small_dims = [2]
 [model]
@@ -57,8 +57,8 @@ def run(folder: Path, seen=None):
 
 def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
     results = read_results(suite / "results" / "tiny")
-    assert len(results) == 2 * 5
-    assert {result["run"]["family"] for result in results} == {"Full", "Smaller", "Scalar", "PQ", "Hash"}
+    assert len(results) == 2 * 6
+    assert {result["run"]["family"] for result in results} == {"Full", "Smaller", "Scalar", "PQ", "Hash", "LowRank"}
     for result in results:
         assert {"run", "quality", "size", "seconds", "peak_memory", "speed", "machine", "versions", "commit", "settings"} <= result.keys()
         assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
@@ -78,7 +78,7 @@ def test_differences_are_to_the_full_model_of_the_same_seed(suite):
 def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_as_good(suite):
     results = read_results(suite / "results" / "tiny")
     for result in (result for result in results if result["run"]["family"] == "PQ"):
-        assert result["size"]["tables"] <= result["size"]["tables_full"] / 4
+        assert result["size"]["tables"] <= result["size"]["tables_full"] / 20
         plain = [
             other for other in results if other["run"]["family"] in ("Full", "Smaller", "Scalar") and other["run"]["seed"] == result["run"]["seed"]
         ]
@@ -101,7 +101,7 @@ def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     missing.unlink()
     seen = []
     run(suite, seen)
-    assert seen == [(missing.name, 10, 10)]
+    assert seen == [(missing.name, 12, 12)]
     after = {path: path.read_text() for path in sorted((suite / "results" / "tiny").glob("*.json"))}
     assert {path for path in before if before[path] == after[path]} >= set(before) - {missing}
     assert json.loads(after[missing])["quality"] == json.loads(before[missing])["quality"]
@@ -113,8 +113,8 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     assert [picture.name for picture in pictures] == ["tiny-small-deepfm.png"]
     assert all(picture.stat().st_size > 5000 for picture in pictures)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Hash", "PQ", "Scalar", "Full of dimension 2"]
-    assert any("`Hash() at 4x from scratch`" in row for row in rows)
+    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Hash", "LowRank", "PQ", "Scalar", "Full of dimension 2"]
+    assert any("`Hash() at 20x from scratch`" in row for row in rows)
     assert "pictures/tiny-small-deepfm.png" in text
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
     mean = sum(result["quality"]["auc"] for result in results) / 2
@@ -142,3 +142,9 @@ def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to
     results = {(path.parent.name, path.name) for path in (folder / "results").glob("*/*.json")}
     assert results <= expected
     assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "Smaller"}
+
+
+def test_a_method_that_cannot_become_so_small_becomes_as_small_as_it_can(suite):
+    results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "LowRank"]
+    assert {result["run"]["ratio"] for result in results} == {20}
+    assert all(5 < result["size"]["tables_full"] / result["size"]["tables"] < 8 for result in results)  # rank 1 of 8 dimensions

@@ -32,7 +32,7 @@ class Experiment:
         embedding_dim: Of the full model.
         seeds: Of initial weights, order of rows, fit and tuning.
         methods: Text forms whose settings are chosen for each of `ratios`.
-        ratios: Bytes of all tables before / after.
+        ratios: Bytes of all tables before / after; a method that cannot become so small takes its smallest settings.
         scratch: Text forms that the tables have from the first step of training on, at each of `ratios`; as they stand where there are none.
         settings: Text forms that are taken as they stand.
         small_dims: Embedding dimensions of plain smaller models.

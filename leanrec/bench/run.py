@@ -17,9 +17,11 @@ import torch
 from leanrec import runs
 from leanrec.bench.experiment import FULL, PLAIN, SMALLER, Cell, Experiment, cells
 from leanrec.bench.speed import lookups_per_second
+from leanrec.budget import least_nbytes
 from leanrec.data.loader import Loader
 from leanrec.data.prepare import prepare
 from leanrec.data.vocabulary import vocabulary_nbytes
+from leanrec.methods import parse
 from leanrec.ops.intervals import delong_difference
 from leanrec.ops.metrics import auc, calibration_ratio, log_loss
 from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress_tables, open_run, predict
@@ -145,16 +147,24 @@ def _trained_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, A
 
 def _scratch_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
     folder = folders.work / "models" / folders.results.name / cell.file_name.removesuffix(".json")
-    train_run(**_training(cell, folders, cell.embedding_dim), out=folder, method=cell.method, ratio=cell.ratio)
+    nbytes = _nbytes(cell, open_run(full_run))
+    train_run(**_training(cell, folders, cell.embedding_dim), out=folder, method=cell.method, nbytes=nbytes)
     seconds = {"pretrain": runs.load(folder)["seconds"], "fit": 0.0, "tune": 0.0}
     return _result(cell, folders, open_run(folder), full_run, seconds=seconds, file=folder / MODEL_FILE)
+
+
+def _nbytes(cell: Cell, full: Recommender) -> int | None:
+    """The bytes that a ratio leaves for all tables, or the fewest that the method can do with them; None where no ratio is asked for."""
+    if cell.ratio is None:
+        return None
+    return max(int(report(full.model).tables_full / cell.ratio), least_nbytes(full.model, parse(cell.method)))
 
 
 def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
     experiment = cell.experiment
     recommender = open_run(full_run)
     start = time.perf_counter()
-    compress_tables(recommender, cell.method, ratio=cell.ratio, seed=cell.seed)
+    compress_tables(recommender, cell.method, nbytes=_nbytes(cell, recommender), seed=cell.seed)
     fitted, history = time.perf_counter(), []
     if experiment.tuning is not False:
         differences = {} if experiment.tuning is True else dict(experiment.tuning)
