@@ -180,9 +180,17 @@ class BlockTable(Table):
         return self
 
     def lookup(self, ids: Tensor) -> Tensor:
-        # Every block answers for every id, so that the program does not depend on the ids. Where `sparse`, a step thus touches one more row
-        # of a block, with a gradient of zero.
         ranks = self.order(ids)
+        if len(self.blocks) == 1 or torch.compiler.is_compiling():
+            return self._from_all_blocks(ranks)
+        rows = torch.empty(len(ids), self.embedding_dim, dtype=self.blocks[0].rows.dtype, device=ids.device)
+        for shape, block in zip(self.shapes, self.blocks, strict=True):
+            [places] = torch.where((ranks >= shape.first) & (ranks < shape.last))
+            rows = rows.index_copy_(0, places, block(ranks[places], sparse=self.sparse))
+        return rows
+
+    def _from_all_blocks(self, ranks: Tensor) -> Tensor:
+        """What `lookup` answers, by a program that does not depend on the ids: each block answers for all of them."""
         rows = self.blocks[0](ranks, sparse=self.sparse)
         for shape, block in zip(self.shapes[1:], self.blocks[1:], strict=True):
             rows = torch.where((ranks >= shape.first).unsqueeze(1), block(ranks, sparse=self.sparse), rows)

@@ -69,6 +69,7 @@ def test_sparse_gradients_are_those_of_a_dense_table():
         (table(torch.tensor([2, 30, 30, 600])) * torch.arange(8)).sum().backward()
         gradients.append([parameter.grad.to_dense() for parameter in table.parameters()])
         assert [block.rows.grad.is_sparse for block in table.blocks] == [sparse] * 4
+    assert [len(block.rows.grad.coalesce().indices()[0]) for block in table.blocks] == [1, 1, 0, 1]  # no row that was not asked for
     for dense, sparse in zip(*gradients, strict=True):
         torch.testing.assert_close(dense, sparse)
 
