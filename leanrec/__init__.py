@@ -6,6 +6,7 @@ from leanrec.compress import compress
 from leanrec.embeddings import tables
 from leanrec.methods import (
     CAFE,
+    CCE,
     MEC,
     METHODS,
     OPQ,
@@ -35,6 +36,7 @@ from leanrec.storage import load, save
 
 __all__ = [
     "CAFE",
+    "CCE",
     "MEC",
     "METHODS",
     "OPQ",

@@ -8,6 +8,7 @@ from typing import Any
 
 from leanrec.methods.base import Method, Table
 from leanrec.methods.cafe import CAFE
+from leanrec.methods.cce import CCE
 from leanrec.methods.cprec import AdaptiveOutput, CpRec
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
@@ -28,6 +29,7 @@ from leanrec.methods.tensor_train import TensorTrain
 
 __all__ = [
     "CAFE",
+    "CCE",
     "MEC",
     "METHODS",
     "OPQ",
@@ -73,6 +75,7 @@ METHODS: dict[str, type[Method]] = {
         CAFE,
         SmallDim,
         LowPrecision,
+        CCE,
     )
 }
 
