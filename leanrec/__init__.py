@@ -7,6 +7,7 @@ from leanrec.embeddings import tables
 from leanrec.methods import (
     CAFE,
     CCE,
+    DPQ,
     MEC,
     METHODS,
     OPQ,
@@ -37,6 +38,7 @@ from leanrec.storage import load, save
 __all__ = [
     "CAFE",
     "CCE",
+    "DPQ",
     "MEC",
     "METHODS",
     "OPQ",

@@ -10,6 +10,7 @@ from leanrec.methods.base import Method, Table
 from leanrec.methods.cafe import CAFE
 from leanrec.methods.cce import CCE
 from leanrec.methods.cprec import AdaptiveOutput, CpRec
+from leanrec.methods.dpq import DPQ
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
@@ -30,6 +31,7 @@ from leanrec.methods.tensor_train import TensorTrain
 __all__ = [
     "CAFE",
     "CCE",
+    "DPQ",
     "MEC",
     "METHODS",
     "OPQ",
@@ -61,6 +63,7 @@ METHODS: dict[str, type[Method]] = {
         Scalar,
         PQ,
         OPQ,
+        DPQ,
         RQ,
         MEC,
         LowRank,

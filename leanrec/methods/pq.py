@@ -96,31 +96,43 @@ class PQTable(Table):
         return self
 
     def lookup(self, ids: Tensor) -> Tensor:
-        num_subspaces, num_centroids, width = self.codebooks.shape
-        codes = unpack_rows(self.packed_codes, ids, num_subspaces, self.num_bits)
-        first_rows = torch.arange(0, num_subspaces * num_centroids, num_centroids, device=ids.device)
-        return F.embedding(codes + first_rows, self.codebooks.view(-1, width)).flatten(1)  # (N, M, D / M) -> (N, D)
+        return self._words(self._codes(ids))
 
     def codes(self) -> Tensor:
         """The centroid of each part of each row: (V, M) int64."""
-        return unpack_rows(self.packed_codes, torch.arange(self.num_embeddings, device=self.packed_codes.device), len(self.codebooks), self.num_bits)
+        return self._codes(torch.arange(self.num_embeddings, device=self.packed_codes.device))
 
     def set_codes(self, codes: Tensor, *, start: int = 0) -> None:
         """Stores (N, M) integer codes in [0, K) of the rows from `start`, a multiple of 8, on; N too, unless they are the last rows."""
         pack_rows_(self.packed_codes, codes.to(self.packed_codes.device), start, self.num_bits)
 
+    def _codes(self, ids: Tensor) -> Tensor:
+        """The centroid of each part of some rows: (N,) int64 -> (N, M) int64."""
+        return unpack_rows(self.packed_codes, ids, len(self.codebooks), self.num_bits)
+
+    def _words(self, codes: Tensor) -> Tensor:
+        """Centroids side by side: (N, M) int64 -> (N, D)."""
+        num_subspaces, num_centroids, width = self.codebooks.shape
+        first_rows = torch.arange(0, num_subspaces * num_centroids, num_centroids, device=codes.device)
+        return F.embedding(codes + first_rows, self.codebooks.view(-1, width)).flatten(1)  # (N, M, D / M) -> (N, D)
+
     def _split(self, rows: Tensor) -> list[Tensor]:
         """Parts of rows: (N, D) -> M of (N, D / M)."""
         return list(rows.chunk(self.method.num_subspaces, dim=1))
+
+    def _nearest(self, part: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
+        """The nearest of the centroids that rows may take: parts (N, D / M) of rows (N,), (K, D / M) -> (N,) int64."""
+        return nearest(part, centroids)
 
     def _encode_all(self, weight: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
         """Stores the code of every row and returns the centroids moved to the means of their rows: (M, K, D / M) -> the same shape."""
         means = [ClusterMeans(start) for start in centroids]
         for start, rows in self.row_chunks(weight):
+            ids = torch.arange(start, start + len(rows), device=self.packed_codes.device)
             chunk_weights = weights[start : start + len(rows)].to(rows.device)
             codes = []
             for subspace, part in enumerate(self._split(rows)):
-                codes.append(nearest(part, centroids[subspace]))
+                codes.append(self._nearest(part, ids, centroids[subspace]))
                 means[subspace].add(part, codes[subspace], chunk_weights)
             self.set_codes(torch.stack(codes, dim=1), start=start)
         return torch.stack([mean.value() for mean in means])
