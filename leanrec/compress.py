@@ -219,6 +219,8 @@ def _swap(model: nn.Module, group: Group, method: Method, counts: Tensor | None,
     table.sparse = held.sparse
     if fit:
         table.fit(weight, counts)
+    elif counts is not None:
+        table.sort_rows(counts)
     table.eval()
     if weight.dtype != torch.float32:  # a method may store parts of a float32 table in fewer bits, which stay as they are
         table.to(weight.dtype)

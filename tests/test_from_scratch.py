@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from leanrec.compress import compress
 from leanrec.data.loader import Loader
 from leanrec.embeddings import tables
-from leanrec.methods import METHODS
+from leanrec.methods import METHODS, DropRare
 from leanrec.methods.base import Method, Table
 from leanrec.ops.metrics import auc
 from leanrec.recommender import open_run, predict
@@ -163,3 +164,13 @@ def test_every_other_method_learns_and_its_file_answers_as_validation_saw(small_
     assert auc(labels, logits) == pytest.approx(max(entry["auc"] for entry in record["history"]), abs=1e-4)
     for table in tables(recommender.model).values():
         assert sum(tensor.nbytes for tensor in table.state_dict().values()) == METHODS[method]().nbytes(table.num_embeddings, table.embedding_dim)
+
+
+def test_tables_that_start_at_random_know_which_rows_are_popular():
+    counts = torch.tensor([0, 5, 1, 9, 9, 2])
+    table = compress(nn.Embedding(6, 2), DropRare(num_kept=2, sorted_rows=False), counts={"": counts}, fit=False)
+    rows = table.decode()
+    assert len(rows.unique(dim=0)) == 3
+    assert (rows == rows[0]).all(1).tolist() == [True, True, True, False, False, True]
+    with pytest.raises(ValueError, match="Set sorted_rows=False"):
+        compress(nn.Embedding(600, 2), DropRare(), counts={"": torch.arange(600)}, fit=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from leanrec.methods.order import RowOrder
 from leanrec.ops.spread import Spread
 
 _CHUNK_VALUES = 2**20
@@ -116,6 +118,16 @@ class Table(nn.Module, ABC):
             context: (N, C) int64, a hash for each id that other tables are asked for in the same row of the log.
         """
 
+    def sort_rows(self, counts: Tensor) -> None:
+        """Take the order of the rows by popularity from (V,) int counts, where the method goes by it; `fit` does so itself.
+
+        Raises:
+            ValueError: The method takes rows to be sorted, and they are not.
+        """
+        for module in self.modules():
+            if isinstance(module, RowOrder):
+                module.fit(counts)
+
     def begin(self) -> None:
         """Called before training from scratch: a table that learns in another form than the stored one takes that form."""
 
@@ -191,6 +203,12 @@ class Table(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Shape and settings, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.method!r}"
+
+
+def size_grid(least: int, most: int, *, per_octave: int) -> list[int]:
+    """Whole numbers from `least` to `most`, both among them, so many for each doubling: fine enough for a budget to be used up."""
+    steps = range(math.ceil(math.log2(most / least) * per_octave))
+    return sorted({*(round(least * 2 ** (step / per_octave)) for step in steps), most}) if most > least else [least]
 
 
 def row_weights(counts: Tensor | None, num_embeddings: int, *, power: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method, Table, row_weights, size_grid
 from leanrec.methods.hotsketch import HotSketch, Swaps, sketch_nbytes
 from leanrec.ops.hashing import hash_buckets
 from leanrec.ops.kmeans import ClusterMeans
@@ -51,11 +51,10 @@ class CAFE(Method):
     weight_power: float = 1.0
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
-        sizes = [2**power for power in range((num_embeddings - 1).bit_length() + 1)]
-        return [size for size in sizes if size >= self.num_slots + 2] or [self.num_slots + 2]
+        return size_grid(self.num_slots + 2, max(self.num_slots + 2, num_embeddings), per_octave=1)
 
     def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
-        sizes = self.knob_values(num_embeddings, embedding_dim)
+        sizes = size_grid(self.num_slots + 2, max(self.num_slots + 2, num_embeddings), per_octave=4)
         return [replace(self, num_rows=size, hot_share=share) for size in sizes for share in _HOT_SHARES]
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method, Table, row_weights, size_grid
 from leanrec.methods.order import RowOrder, order_nbytes
 from leanrec.ops.spread import Spread
 
@@ -34,7 +34,11 @@ class DropRare(Method):
     weight_power: float = 1.0
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
-        return sorted({0, num_embeddings - 1, *(2**power for power in range((num_embeddings - 1).bit_length()))})
+        return sorted({0, *size_grid(1, max(1, num_embeddings - 1), per_octave=1)}) if num_embeddings > 1 else [0]
+
+    def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
+        finer = size_grid(1, max(1, num_embeddings - 1), per_octave=4)
+        return [self.with_knob(size) for size in [0, *finer]] if num_embeddings > 1 else [self.with_knob(0)]
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
         return self.num_rows(num_embeddings) * embedding_dim * 4 + order_nbytes(num_embeddings, sorted_rows=self.sorted_rows)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method, Table, row_weights, size_grid
 from leanrec.ops.hashing import hash_buckets
 from leanrec.ops.kmeans import ClusterMeans
 from leanrec.ops.spread import Spread
@@ -37,8 +37,10 @@ class Hash(Method):
     weight_power: float = 1.0
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
-        sizes = [2**power for power in range((num_embeddings - 1).bit_length() + 1)]
-        return [size for size in sizes if size >= self.num_hashes] or [self.num_hashes]
+        return size_grid(self.num_hashes, max(self.num_hashes, num_embeddings), per_octave=1)
+
+    def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
+        return [self.with_knob(size) for size in size_grid(self.num_hashes, max(self.num_hashes, num_embeddings), per_octave=4)]
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
         num_parts, num_rows = self.parts(num_embeddings)

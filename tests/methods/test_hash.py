@@ -52,7 +52,7 @@ def test_bytes_are_shared_rows_and_seeds():
 
 
 def test_knob_values_start_with_a_row_per_hash():
-    assert Hash(num_hashes=3).knob_values(40, 8) == [4, 8, 16, 32, 64]
+    assert Hash(num_hashes=3).knob_values(40, 8) == [3, 6, 12, 24, 40]
 
 
 @pytest.mark.parametrize(("num_buckets", "num_hashes"), [(0, 1), (4, 5), (4, 0)])
