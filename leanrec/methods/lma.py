@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method, Table, row_weights, size_grid
 from leanrec.ops.hashing import hash_buckets
 from leanrec.ops.kmeans import ClusterMeans
 from leanrec.ops.minhash import MinHashes
@@ -18,7 +18,6 @@ from leanrec.ops.packing import pack_rows_, packed_nbytes, unpack_rows
 from leanrec.ops.spread import Spread, coded_variance, moments
 
 MAX_BITS = 16
-_LAYOUTS = ((1, 1), (1, 2), (1, 4), (1, 8), (2, 8), (2, 16), (4, 16))  # signatures and bits of each that a budget tries
 _CHUNK_ROWS = 65_536
 
 
@@ -49,13 +48,15 @@ class LMA(Method):
     weight_power: float = 1.0
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
-        # A column has no more different places than signatures have values.
-        most = min(num_embeddings, 2**self.signature_bits) * embedding_dim
-        return [2**power for power in range((most - 1).bit_length() + 1)]
+        return self._memory_sizes(num_embeddings, embedding_dim, per_octave=1)
 
     def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
-        layouts = [replace(self, num_signatures=number, signature_bits=bits) for number, bits in _LAYOUTS if number <= embedding_dim]
-        return [layout.with_knob(value) for layout in layouts for value in layout.knob_values(num_embeddings, embedding_dim)]
+        layouts = [replace(self, signature_bits=bits) for bits in (1, 2, 4, 8, 16)]
+        return [layout.with_knob(size) for layout in layouts for size in layout._memory_sizes(num_embeddings, embedding_dim, per_octave=2)]
+
+    def _memory_sizes(self, num_embeddings: int, embedding_dim: int, *, per_octave: int) -> list[int]:
+        """From a number per column on; no column has more different places than its signature has values, or the table rows."""
+        return size_grid(embedding_dim, min(num_embeddings, 2**self.signature_bits) * embedding_dim, per_octave=per_octave)
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
         if min(self.memory_size, self.num_signatures) < 1 or not 1 <= self.signature_bits <= MAX_BITS:
