@@ -10,6 +10,7 @@ from leanrec.methods.base import Method, Table
 from leanrec.methods.cafe import CAFE
 from leanrec.methods.cce import CCE
 from leanrec.methods.cprec import AdaptiveOutput, CpRec
+from leanrec.methods.deep_hash import DeepHash
 from leanrec.methods.dpq import DPQ
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
@@ -40,6 +41,7 @@ __all__ = [
     "RQ",
     "AdaptiveOutput",
     "CpRec",
+    "DeepHash",
     "DropRare",
     "Full",
     "Hash",
@@ -79,6 +81,7 @@ METHODS: dict[str, type[Method]] = {
         SmallDim,
         LowPrecision,
         CCE,
+        DeepHash,
     )
 }
 
