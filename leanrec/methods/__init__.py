@@ -22,6 +22,7 @@ from leanrec.methods.mixeddim import MixedDim
 from leanrec.methods.mixedprecision import MixedPrecision
 from leanrec.methods.opq import OPQ
 from leanrec.methods.pq import PQ
+from leanrec.methods.pruned import Pruned
 from leanrec.methods.quotient_remainder import QuotientRemainder
 from leanrec.methods.robe import ROBE
 from leanrec.methods.rq import RQ
@@ -50,6 +51,7 @@ __all__ = [
     "Method",
     "MixedDim",
     "MixedPrecision",
+    "Pruned",
     "QuotientRemainder",
     "Scalar",
     "SmallDim",
@@ -82,6 +84,7 @@ METHODS: dict[str, type[Method]] = {
         LowPrecision,
         CCE,
         DeepHash,
+        Pruned,
     )
 }
 
