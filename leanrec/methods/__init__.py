@@ -18,6 +18,7 @@ from leanrec.methods.hash import Hash
 from leanrec.methods.lowprecision import LowPrecision
 from leanrec.methods.lowrank import LowRank
 from leanrec.methods.mec import MEC
+from leanrec.methods.mgqe import MGQE
 from leanrec.methods.mixeddim import MixedDim
 from leanrec.methods.mixedprecision import MixedPrecision
 from leanrec.methods.opq import OPQ
@@ -36,6 +37,7 @@ __all__ = [
     "DPQ",
     "MEC",
     "METHODS",
+    "MGQE",
     "OPQ",
     "PQ",
     "ROBE",
@@ -68,6 +70,7 @@ METHODS: dict[str, type[Method]] = {
         PQ,
         OPQ,
         DPQ,
+        MGQE,
         RQ,
         MEC,
         LowRank,

@@ -99,8 +99,11 @@ class DPQTable(PQTable):
 
     @torch.no_grad()
     def maintain(self, step: int) -> Iterable[tuple[nn.Parameter, Tensor]]:
-        if self.queries is not None and (step + 1) % REVIVE_STEPS == 0:
-            self._revive(self.queries, self._last_ids.unique())
+        if self.queries is not None and self.used is not None and (step + 1) % REVIVE_STEPS == 0:
+            ids = self._last_ids.unique()
+            for takeable, takers in self._takers(ids):
+                self._revive(takeable, self.queries[ids[takers]], ids[takers])
+            self.used.zero_()
         return ()
 
     def _codes(self, ids: Tensor) -> Tensor:
@@ -132,15 +135,24 @@ class DPQTable(PQTable):
         """Shares of the centroids that rows may take: (M, N, K), (N,) -> (M, N, K)."""
         return logits.softmax(2)
 
-    def _revive(self, queries: Tensor, ids: Tensor) -> None:
-        """Move codes that no row took since the last call to those of some rows that their centroids fit worst."""
+    def _takers(self, ids: Tensor) -> list[tuple[slice, Tensor]]:
+        """Stretches that make up the centroids, each with which of some rows may take it: (N,) -> slices and (N,) bool."""
+        return [(slice(0, self.num_centroids), torch.ones_like(ids, dtype=torch.bool))]
+
+    def _revive(self, takeable: slice, queries: Tensor, ids: Tensor) -> None:
+        """Move codes that no row took since the last call to those of some rows that their centroids fit worst.
+
+        Args:
+            takeable: The codes to look at.
+            queries: (N, D) of the rows.
+            ids: (N,) of the rows.
+        """
         assert self.used is not None
-        parts = self._split(queries[ids])
         codebooks = [words for words in (self.keys, self.codebooks) if words is not None]
-        for subspace, codes in enumerate(self._choose(queries[ids], ids).unbind(1)):
-            distances = squared_distances(parts[subspace], codebooks[0][subspace, codes])
-            dead = (~self.used[subspace]).nonzero().squeeze(1)
+        codes = self._choose(queries, ids)
+        for subspace, part in enumerate(self._split(queries)):
+            distances = squared_distances(part, codebooks[0][subspace, codes[:, subspace]])
+            dead = (~self.used[subspace, takeable]).nonzero().squeeze(1) + takeable.start
             worst = distances.topk(min(len(dead), len(ids))).indices
             for words in codebooks:
-                words[subspace, dead[: len(worst)]] = parts[subspace][worst]
-        self.used.zero_()
+                words[subspace, dead[: len(worst)]] = part[worst]

@@ -81,8 +81,7 @@ class PQTable(Table):
         draws = torch.Generator().manual_seed(self.seed)
         width = embedding_dim // method.num_subspaces
         self.codebooks = nn.Parameter(torch.randn(method.num_subspaces, self.num_centroids, width, generator=draws) * 0.01)
-        codes = torch.randint(self.num_centroids, (num_embeddings, method.num_subspaces), dtype=torch.int32, generator=draws)
-        self.register_buffer("packed_codes", pack(codes, self.num_bits))
+        self.register_buffer("packed_codes", self._random_codes(draws))
 
     @torch.no_grad()
     def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
@@ -91,7 +90,7 @@ class PQTable(Table):
         generator = torch.Generator().manual_seed(self.seed)
         rows, sample_weights = sample_rows(weights, self.num_centroids, generator=generator)
         sample = self._split(weight[rows.to(weight.device)].float())
-        starts = [kmeans(part, self.num_centroids, weights=sample_weights, generator=generator) for part in sample]
+        starts = [self._cluster(part, rows.to(self.packed_codes.device), sample_weights, generator) for part in sample]
         self.codebooks.copy_(self._encode_all(weight, weights, torch.stack(starts)))
         return self
 
@@ -106,6 +105,11 @@ class PQTable(Table):
         """Stores (N, M) integer codes in [0, K) of the rows from `start`, a multiple of 8, on; N too, unless they are the last rows."""
         pack_rows_(self.packed_codes, codes.to(self.packed_codes.device), start, self.num_bits)
 
+    def _random_codes(self, generator: torch.Generator) -> Tensor:
+        """Packed codes of a table that is not fitted."""
+        codes = torch.randint(self.num_centroids, (self.num_embeddings, self.method.num_subspaces), dtype=torch.int32, generator=generator)
+        return pack(codes, self.num_bits)
+
     def _codes(self, ids: Tensor) -> Tensor:
         """The centroid of each part of some rows: (N,) int64 -> (N, M) int64."""
         return unpack_rows(self.packed_codes, ids, len(self.codebooks), self.num_bits)
@@ -119,6 +123,10 @@ class PQTable(Table):
     def _split(self, rows: Tensor) -> list[Tensor]:
         """Parts of rows: (N, D) -> M of (N, D / M)."""
         return list(rows.chunk(self.method.num_subspaces, dim=1))
+
+    def _cluster(self, part: Tensor, ids: Tensor, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Centroids for a part (N, D / M) of rows (N,) that weigh (N,): (K, D / M)."""
+        return kmeans(part, self.num_centroids, weights=weights, generator=generator)
 
     def _nearest(self, part: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
         """The nearest of the centroids that rows may take: parts (N, D / M) of rows (N,), (K, D / M) -> (N,) int64."""

@@ -43,6 +43,26 @@ def pack_rows_(packed: Tensor, codes: Tensor, start: int, num_bits: int) -> None
         start += chunk_rows
 
 
+def pack_at_(packed: Tensor, codes: Tensor, rows: Tensor, num_bits: int) -> None:
+    """Overwrites some rows of `packed`, in place, wherever they stand; slower than `pack_rows_`, which takes stretches of them.
+
+    Args:
+        packed: (packed_nbytes,) uint8.
+        codes: (N, M) integers in [0, 2 ** num_bits).
+        rows: (N,) int64, no row twice.
+        num_bits: Bits per code, 1 to 31.
+    """
+    chunk_rows = max(1, _CHUNK_CODES // max(codes.shape[1], 1))
+    for new, places in zip(codes.long().split(chunk_rows), rows.split(chunk_rows), strict=True):
+        old = unpack_rows(packed, places, codes.shape[1], num_bits)
+        first_bits = (places.unsqueeze(1) * codes.shape[1] + torch.arange(codes.shape[1], device=codes.device)) * num_bits
+        first, shifts = first_bits >> 3, first_bits & 7
+        # No two codes share a bit, so taking the old bits off a byte and adding the new ones is exact, modulo 256, in any order.
+        for step in range((num_bits + 14) // 8):
+            change = (new << shifts >> 8 * step & 255) - (old << shifts >> 8 * step & 255)
+            packed.index_add_(0, (first + step).clamp(max=packed.numel() - 1).flatten(), (change & 255).to(torch.uint8).flatten())
+
+
 def unpack_rows(packed: Tensor, ids: Tensor, codes_per_row: int, num_bits: int) -> Tensor:
     """Codes of some rows, without unpacking the others: (packed_nbytes,) uint8, (N,) int64 -> (N, M) int64."""
     if 8 % num_bits == 0 and codes_per_row * num_bits % 8 == 0:

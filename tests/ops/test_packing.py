@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from leanrec.ops import packing
-from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_at, unpack_rows
+from leanrec.ops.packing import pack, pack_at_, pack_rows_, packed_nbytes, unpack_at, unpack_rows
 
 
 def random_codes(num_rows, codes_per_row, num_bits):
@@ -72,3 +72,15 @@ def test_codes_of_several_widths_unpack_from_where_they_begin():
     bits = [code >> bit & 1 for code, width in zip(codes.tolist(), widths.tolist(), strict=True) for bit in range(width)]
     packed = torch.from_numpy(np.packbits(np.array(bits, dtype=np.uint8), bitorder="little"))
     assert torch.equal(unpack_at(packed, (widths.cumsum(0) - widths).view(60, 3), widths.view(60, 3)), codes.view(60, 3))
+
+
+@pytest.mark.parametrize("num_bits", [1, 3, 4, 7, 8, 11, 16])
+def test_rows_packed_here_and_there_leave_the_others_as_they_are(num_bits):
+    draws = torch.Generator().manual_seed(num_bits)
+    codes, others = torch.randint(2**num_bits, (2, 101, 3), generator=draws)
+    rows = torch.randperm(101, generator=draws)[:40]
+    packed = pack(codes, num_bits)
+    pack_at_(packed, others[rows], rows, num_bits)
+    expected = codes.clone()
+    expected[rows] = others[rows]
+    assert torch.equal(packed, pack(expected, num_bits))
