@@ -35,21 +35,22 @@ class MixedPrecision(Method):
     the present widths from the first step on.
 
     Attributes:
-        eighth_bits: Mean bits per value in eighths, 1 (an eighth of a bit) to 64 (8 bits); a table keeps one bit of one group at the least.
+        bits_per_64_values: Mean bits per value in 64ths, 1 to 512 (8 bits); a table keeps one bit of one group at the least.
         group_size: Rows of a group, made a multiple of 8.
         weight_power: A row counts as count ** weight_power when bits are given out.
         sorted_rows: Whether row numbers are ranks of popularity; if not, ranks are stored.
     """
 
-    knob: ClassVar[str] = "eighth_bits"
-    eighth_bits: int = 16
+    knob: ClassVar[str] = "bits_per_64_values"
+    bits_per_64_values: int = 128
     group_size: int = 128
     weight_power: float = 1.0
     sorted_rows: bool = True
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
-        num_groups, _ = self.groups(num_embeddings)
-        return [value for value in range(1, 8 * _MOST_BITS + 1) if num_groups * value // 8 > num_groups * (value - 1) // 8]
+        values = {round(2 ** (step / 4)) for step in range(37)} | {64 * bits for bits in range(1, _MOST_BITS + 1)}
+        smallest = {self.with_knob(value).planes(num_embeddings): value for value in sorted(values, reverse=True)}
+        return sorted(smallest.values())
 
     def groups(self, num_embeddings: int) -> tuple[int, int]:
         """Number of groups, and rows of each, of which the last may have fewer."""
@@ -58,12 +59,12 @@ class MixedPrecision(Method):
 
     def planes(self, num_embeddings: int) -> int:
         """Bits per value, summed over the groups."""
-        return max(1, self.groups(num_embeddings)[0] * self.eighth_bits // 8)
+        return max(1, self.groups(num_embeddings)[0] * self.bits_per_64_values // 64)
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
-        if not 1 <= self.eighth_bits <= 8 * _MOST_BITS:
+        if not 1 <= self.bits_per_64_values <= 64 * _MOST_BITS:
             raise ValueError(
-                f"MixedPrecision has eighth_bits={self.eighth_bits}. Choose 1 (an eighth of a bit per value) to {8 * _MOST_BITS} (8 bits)."
+                f"MixedPrecision has bits_per_64_values={self.bits_per_64_values}. Choose 1 to {64 * _MOST_BITS}, which is 8 bits per value."
             )
         if self.group_size < 1:
             raise ValueError(f"MixedPrecision has group_size={self.group_size}. Choose at least 1 row, such as 128.")
