@@ -3,11 +3,13 @@
 from leanrec.bag import TableBag
 from leanrec.budget import fit_budget
 from leanrec.compress import compress
+from leanrec.dense import compress_dense
 from leanrec.embeddings import tables
 from leanrec.methods import (
     CAFE,
     CCE,
     DPQ,
+    LMA,
     MEC,
     METHODS,
     MGQE,
@@ -42,6 +44,7 @@ __all__ = [
     "CAFE",
     "CCE",
     "DPQ",
+    "LMA",
     "MEC",
     "METHODS",
     "MGQE",
@@ -69,6 +72,7 @@ __all__ = [
     "TableBag",
     "TensorTrain",
     "compress",
+    "compress_dense",
     "fit_budget",
     "load",
     "move_tables",

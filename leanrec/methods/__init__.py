@@ -15,6 +15,7 @@ from leanrec.methods.dpq import DPQ
 from leanrec.methods.droprare import DropRare
 from leanrec.methods.full import Full
 from leanrec.methods.hash import Hash
+from leanrec.methods.lma import LMA
 from leanrec.methods.lowprecision import LowPrecision
 from leanrec.methods.lowrank import LowRank
 from leanrec.methods.mec import MEC
@@ -35,6 +36,7 @@ __all__ = [
     "CAFE",
     "CCE",
     "DPQ",
+    "LMA",
     "MEC",
     "METHODS",
     "MGQE",
@@ -78,16 +80,17 @@ METHODS: dict[str, type[Method]] = {
         QuotientRemainder,
         DropRare,
         ROBE,
-        MixedPrecision,
-        TensorTrain,
+        LMA,
+        CAFE,
         CpRec,
         MixedDim,
-        CAFE,
         SmallDim,
-        LowPrecision,
+        MixedPrecision,
+        TensorTrain,
         CCE,
-        DeepHash,
+        LowPrecision,
         Pruned,
+        DeepHash,
     )
 }
 
