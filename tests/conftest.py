@@ -24,7 +24,9 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def small_log(tmp_path_factory) -> Path:
-    """A prepared log of 6,000 / 2,000 / 2,000 rows: users, items, tags and a price; clicks follow planted user x item and tag effects."""
+    """A prepared log of 6,000 / 2,000 / 2,000 rows: users, items, tags and a price; clicks follow planted user x item and tag effects.
+
+    Users and items stand in falling popularity, but for chance."""
     folder = tmp_path_factory.mktemp("log") / "small"
     schema = Schema(
         (
@@ -38,8 +40,8 @@ def small_log(tmp_path_factory) -> Path:
     user_vectors, item_vectors, tag_effects = draw.normal(size=(202, 3)), draw.normal(size=(102, 3)), draw.normal(size=12)
     counts = {"user": np.zeros(202, np.int64), "item": np.zeros(102, np.int64), "tags": np.zeros(12, np.int64)}
     for split, num_rows in (("train", 6000), ("valid", 2000), ("test", 2000)):
-        users = 2 + np.minimum(draw.zipf(1.3, num_rows) - 1, 199)
-        items = 2 + draw.integers(0, 100, num_rows)
+        users = 2 + (draw.zipf(1.3, num_rows) - 1) % 200
+        items = 2 + (100 * draw.random(num_rows) ** 1.2).astype(np.int64)
         tags = [2 + draw.integers(0, 10, size) for size in draw.integers(0, 4, num_rows)]
         price = np.where(draw.random(num_rows) < 0.1, np.nan, draw.normal(size=num_rows)).astype(np.float32)
         score = (user_vectors[users] * item_vectors[items]).sum(1) + [tag_effects[row].sum() for row in tags] + np.nan_to_num(price)

@@ -236,7 +236,7 @@ def test_prepare_passes_every_option_on(passed):
 
 def test_train_passes_every_option_on(passed):
     line = (
-        "train data --out run --model fm --set embedding_dim=3 --tables other --epochs 2 --batch-size 3 --learning-rate 0.4 "
+        "train data --out run --model fm --set embedding_dim=3 --tables other --method PQ() --ratio 4 --nbytes 5 --epochs 2 --batch-size 3 --learning-rate 0.4 "
         "--table-learning-rate 0.5 --l2 0.6 --evaluations-per-epoch 7 --patience 8 --learning-rate-decay 0.9 --seed 10"
     )
     data, out, options = passed("leanrec.train.train_run", line)
@@ -252,7 +252,8 @@ def test_train_passes_every_option_on(passed):
         learning_rate_decay=0.9,
         seed=10,
     )
-    assert options == {"model": "fm", "model_settings": {"embedding_dim": 3}, "settings": settings, "tables": Path("other")}
+    small = {"method": "PQ()", "ratio": 4.0, "nbytes": 5}
+    assert options == {"model": "fm", "model_settings": {"embedding_dim": 3}, "settings": settings, "tables": Path("other"), **small}
 
 
 def test_compress_passes_every_option_on(passed):
@@ -385,5 +386,5 @@ def test_reader_that_goes_away_is_no_error():
 def test_bench_writes_the_table_of_the_results(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     out = _done(capsys, "bench", "--out", str(tmp_path), "--table")
-    assert out == f"written: {tmp_path / 'README.md'}\n"
+    assert out == f"written: {tmp_path / 'README.md'}\nwritten: {tmp_path / 'METHODS.md'}\n"
     assert (tmp_path / "README.md").read_text().startswith("# Benchmarks")

@@ -223,4 +223,5 @@ def _gains(energies: Tensor) -> Tensor:
 
 def _best_widths(gains: Tensor, num_planes: int) -> Tensor:
     """Bits of each group when the next bit always goes where it gains most: (groups, 8), each row falling -> (groups,) int64."""
-    return torch.bincount(gains.flatten().topk(num_planes).indices // _MOST_BITS, minlength=len(gains))
+    chosen = gains.flatten().topk(num_planes).indices
+    return torch.zeros_like(gains.flatten(), dtype=torch.int64).index_fill_(0, chosen, 1).view_as(gains).sum(1)
