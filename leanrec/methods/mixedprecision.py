@@ -95,7 +95,6 @@ class MixedPrecisionTable(Table):
     method: MixedPrecision
     packed_codes: Tensor
     starts: Tensor
-    ratios: Tensor
     weight: nn.Parameter | None
     energies: Tensor | None
 
@@ -108,7 +107,6 @@ class MixedPrecisionTable(Table):
         self.order = RowOrder(num_embeddings, sorted_rows=method.sorted_rows)
         self.register_buffer("packed_codes", torch.randint(256, (num_bytes,), dtype=torch.uint8, generator=draws))
         self.register_buffer("starts", torch.zeros(self.num_groups + 1, dtype=torch.int32))
-        self.register_buffer("ratios", torch.tensor(GAUSSIAN_SCALES), persistent=False)
         self.scales = nn.Parameter(torch.full((self.num_groups, 1), 0.01))
         self.zero = nn.Parameter(torch.zeros(embedding_dim))
         self.register_parameter("weight", None)
@@ -141,7 +139,7 @@ class MixedPrecisionTable(Table):
         first_bits = starts.unsqueeze(1) * (self.group_rows * self.embedding_dim) + columns * num_bits
         last = (1 << num_bits) - 1
         levels = (2 * unpack_at(self.packed_codes, first_bits, num_bits) - last).to(scales.dtype) / last.clamp(min=1)
-        return levels * (scales * self.ratios[num_bits]) + self.zero
+        return levels * (scales * scales.new_tensor(GAUSSIAN_SCALES)[num_bits]) + self.zero
 
     def begin(self) -> None:
         draws = torch.randn(self.num_embeddings, self.embedding_dim, generator=torch.Generator().manual_seed(self.seed))
@@ -164,7 +162,7 @@ class MixedPrecisionTable(Table):
 
     def _rounded(self, rows: Tensor, groups: Tensor, scales: Tensor, num_bits: Tensor) -> Tensor:
         """Rows of the weight at the widths of their groups, which note what they would cost the loss if they were dropped: (N, D)."""
-        rounded = fake_quantize(rows, scales * self.ratios[num_bits], num_bits)
+        rounded = fake_quantize(rows, scales * scales.new_tensor(GAUSSIAN_SCALES)[num_bits], num_bits)
         if self.training and rounded.requires_grad:
             kept = rows.detach()
             rounded.register_hook(lambda gradient: self._note(groups, (gradient * kept).square().sum(1)))

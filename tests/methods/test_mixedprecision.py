@@ -53,8 +53,8 @@ def test_rows_are_what_numpy_reads_from_the_bytes():
 def test_values_are_at_the_nearest_levels():
     weight = make_weight()
     table = MixedPrecision(bits_per_64_values=256).build(V, D).fit(weight)
-    steps = (2 * table.scales * table.ratios[4] / 15).repeat_interleave(128, 0)
-    inside = (weight - table.zero).abs() < table.scales.repeat_interleave(128, 0) * table.ratios[4]
+    steps = (2 * table.scales * GAUSSIAN_SCALES[4] / 15).repeat_interleave(128, 0)
+    inside = (weight - table.zero).abs() < table.scales.repeat_interleave(128, 0) * GAUSSIAN_SCALES[4]
     assert (((table.decode() - weight).abs() < steps / 2 * 1.001) | ~inside).all()
     assert inside.float().mean() > 0.95
 
