@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class DPQ(PQ):
         temperature: Of the softmax of squared distances of `sx`, in units of their mean.
     """
 
+    gaps: ClassVar[Mapping[str, str]] = {}
     variant: str = "vq"
     commitment: float = 0.02
     temperature: float = 0.1

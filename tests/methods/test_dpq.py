@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import leanrec
 from leanrec.methods import DPQ, PQ
 from leanrec.methods.dpq import REVIVE_STEPS
 from leanrec.train.row_adam import RowAdam
@@ -70,6 +71,12 @@ def test_a_finished_table_is_a_plain_pq_table(method):
     plain = PQ(num_subspaces=M, num_centroids=K).build(V, D)
     plain.load_state_dict(table.state_dict())
     assert torch.equal(plain.decode(), table.decode())
+
+
+@pytest.mark.parametrize("method", [VQ, SX], ids=["vq", "sx"])
+def test_a_model_may_start_with_it_from_scratch(method):
+    table = leanrec.compress(torch.nn.Embedding(V, D), method, fit=False)
+    assert table.method == method
 
 
 @pytest.mark.parametrize("method", [VQ, SX], ids=["vq", "sx"])
