@@ -236,8 +236,8 @@ def test_prepare_passes_every_option_on(passed):
 
 def test_train_passes_every_option_on(passed):
     line = (
-        "train data --out run --model fm --set embedding_dim=3 --tables other --method PQ() --ratio 4 --nbytes 5 "
-        "--epochs 2 --batch-size 3 --learning-rate 0.4 --table-learning-rate 0.5 --l2 0.6 --evaluations-per-epoch 7 --patience 8 --learning-rate-decay 0.9 --seed 10"
+        "train data --out run --model fm --set embedding_dim=3 --tables other --method PQ() --ratio 4 --nbytes 5 --epochs 2 --batch-size 3 "
+        "--learning-rate 0.4 --table-learning-rate 0.5 --l2 0.6 --evaluations-per-epoch 7 --patience 8 --learning-rate-decay 0.9 --seed 10"
     )
     data, out, options = passed("leanrec.train.train_run", line)
     assert (data, out) == (Path("data"), Path("run"))
