@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,11 @@ def test_a_method_that_cannot_become_so_small_becomes_as_small_as_it_can(suite):
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "LowRank"]
     assert {result["run"]["ratio"] for result in results} == {20}
     assert all(5 < result["size"]["tables_full"] / result["size"]["tables"] < 8 for result in results)  # rank 1 of 8 dimensions
+
+
+def test_a_row_with_fewer_seeds_than_its_table_says_so(suite, tmp_path):
+    (tmp_path / "results").mkdir()
+    shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")
+    next((tmp_path / "results" / "tiny").glob("*PQ*seed1.json")).unlink()
+    rows = [line for line in readme(tmp_path).splitlines() if "seeds" in line and line.startswith("| `")]
+    assert [row.split("|")[1].strip() for row in rows] == ["`PQ() at 20x`, 1 of 2 seeds"]

@@ -83,18 +83,18 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
     groups = sorted(grouped(results, _method_key), key=lambda group: (_order(group[0]), -mean(group, "size", "tables")))
     picture = _picture(suite, results)
     image = f"\n![AUC over bytes]({picture})\n" if (folder / picture).exists() else ""
-    return "\n".join([title, about, head, *(_row(group) for group in groups), image])
+    return "\n".join([title, about, head, *(_row(group, num_seeds=len(seeds)) for group in groups), image])
 
 
-def _row(results: Sequence[Result]) -> str:
-    """One method at one size, over its seeds."""
+def _row(results: Sequence[Result], *, num_seeds: int) -> str:
+    """One method at one size, over its seeds; where runs are missing, it says how many there are."""
     run, size = results[0]["run"], mean(results, "size", "tables")
     short = f"Full of dimension {run['embedding_dim']}" if run["family"] == SMALLER else parse(run["method"]).short()
     name = short + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
     aucs = [result["quality"]["auc"] for result in results]
     spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
     cells = [
-        f"`{name}`",
+        f"`{name}`" + (f", {len(results)} of {num_seeds} seeds" if len(results) < num_seeds else ""),
         f"{fmean(aucs):.4f}{spread}",
         "" if run["family"] == FULL else difference(results),
         f"{mean(results, 'quality', 'logloss'):.4f}",
