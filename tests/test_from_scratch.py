@@ -174,3 +174,12 @@ def test_tables_that_start_at_random_know_which_rows_are_popular():
     assert (rows == rows[0]).all(1).tolist() == [True, True, True, False, False, True]
     with pytest.raises(ValueError, match="Set sorted_rows=False"):
         compress(nn.Embedding(600, 2), DropRare(), counts={"": torch.arange(600)}, fit=False)
+
+
+@pytest.mark.parametrize("method", ["Rounded(steps=256)", "DPQ()", "MixedPrecision()"])
+def test_tables_of_another_run_go_on_from_what_they_hold(small_log, tmp_path, method):
+    train_run(small_log, tmp_path / "source", model_settings=MODEL, settings=replace(SETTINGS, epochs=1), method=method)
+    still = replace(SETTINGS, epochs=1, learning_rate=1e-12, table_learning_rate=1e-12)
+    train_run(small_log, tmp_path / "target", model_settings=MODEL, settings=still, tables=tmp_path / "source")
+    given, taken = (tables(open_run(tmp_path / name).model)["embedding.tables.user"] for name in ("source", "target"))
+    torch.testing.assert_close(taken.decode(), given.decode(), rtol=0, atol=1e-6)

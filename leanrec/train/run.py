@@ -68,10 +68,12 @@ def train_run(
     if method is not None:
         compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, fit=False, seed=settings.seed)
     with runs.create(out, command="train", settings=arguments, resumable=True) as run:
-        progress = train_recommender(recommender, settings, checkpoint=run.folder / CHECKPOINT_FILE, from_scratch=True, on_step=on_step)
+        # Tables of another run have learned already: beginning anew would throw away what they hold.
+        from_scratch, checkpoint = tables is None, run.folder / CHECKPOINT_FILE
+        progress = train_recommender(recommender, settings, checkpoint=checkpoint, from_scratch=from_scratch, on_step=on_step)
         recommender.save(run.folder)
         run.results.update(recommender=describe(recommender), input=prepared["fingerprint"], **summary(recommender, progress))
-        (run.folder / CHECKPOINT_FILE).unlink()
+        checkpoint.unlink()
     return runs.load(out)
 
 
