@@ -17,6 +17,7 @@ from leanrec.methods import (
     PQ,
     ROBE,
     RQ,
+    VRQ,
     AdaptiveOutput,
     CpRec,
     DeepHash,
@@ -38,6 +39,7 @@ from leanrec.methods import (
 )
 from leanrec.move import move_tables
 from leanrec.report import Report, report
+from leanrec.sensitivity import measure_sensitivity
 from leanrec.storage import load, save
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "PQ",
     "ROBE",
     "RQ",
+    "VRQ",
     "AdaptiveOutput",
     "CpRec",
     "DeepHash",
@@ -75,6 +78,7 @@ __all__ = [
     "compress_dense",
     "fit_budget",
     "load",
+    "measure_sensitivity",
     "move_tables",
     "parse",
     "report",

@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from leanrec.compress import choose, group_counts
+from leanrec.compress import choose, group_counts, group_sensitivities
 from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, row_chunks, table_groups, tables, title
 from leanrec.methods.base import Method
-from leanrec.ops.spread import Spread
+from leanrec.ops.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ def fit_budget(
     nbytes: int | None = None,
     ratio: float | None = None,
     counts: Mapping[str, Tensor] | None = None,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
 ) -> dict[str, Method | None]:
     """Settings for each table with which all tables together fit into a number of bytes, for `compress`.
 
     Each table takes one of the variants of its method or stays as it is. Chosen is what loses least in sum over the tables of
     energy x expected error, where the energy of a table is the mean squared distance of its rows from their mean, each row weighted
-    by its count. Nothing is built or fitted for it. Steps along each table's lower convex hull are taken in the order of loss saved
-    per byte while they fit, which is where a Lagrange multiplier would lead; what is left over is then spent greedily.
+    by its count. Nothing is built or fitted for it, but for methods that measure their sizes on a sample of the rows (`Method.curve`).
+    Steps along each table's lower convex hull are taken in the order of loss saved per byte while they fit, which is where a Lagrange
+    multiplier would lead; what is left over is then spent greedily.
 
     Args:
         model: Any module.
@@ -51,6 +53,7 @@ def fit_budget(
         nbytes: Bytes of all tables afterwards, at most; or
         ratio: fp32 bytes of all tables / bytes afterwards, at least.
         counts: As in `compress`. Without counts, each row of a table weighs the same.
+        sensitivities: As in `compress`.
 
     Returns:
         Path of each table, glob characters escaped -> method, or None to leave it alone.
@@ -68,7 +71,8 @@ def fit_budget(
             f"The budget of {budget} bytes cannot be met: the smallest that {method} can do with these {len(groups)} tables is "
             f"{smallest} bytes, a ratio of {full / smallest:.1f}."
         )
-    options = [_options(path, group, chosen[path], row_counts.get(path)) for path, group in groups.items()]
+    row_sensitivities = group_sensitivities(groups, sensitivities)
+    options = [_options(path, group, chosen[path], row_counts.get(path), row_sensitivities.get(path)) for path, group in groups.items()]
     picks = dict(zip(groups, spend(options, budget), strict=True))
     owners = {path: first for first, group in groups.items() for path in group}
     return {glob.escape(path): picks[owners[path]].method for path in tables(model)}
@@ -136,16 +140,20 @@ def _budget(full: int, nbytes: int | None, ratio: float | None) -> int:
     return math.floor(full / ratio)
 
 
-def _options(path: str, group: Group, method: Method | None, counts: Tensor | None) -> list[Option]:
+def _options(path: str, group: Group, method: Method | None, counts: Tensor | None, sensitivity: Sensitivity | None) -> list[Option]:
     """What can be done with a table; leaving it alone is the last."""
+    alone = Option(None, group_nbytes(group), 0.0)
+    if method is None:
+        return [alone]
+    _sizes(path, group, method)  # raises what is wrong with it
     module = next(iter(group.values()))
-    sizes = _sizes(path, group, method)
-    spread = Spread.measure(row_chunks(module), module.num_embeddings, counts) if method else None
-    return [Option(variant, nbytes, spread.variance * variant.expected_error(spread) if variant and spread else 0.0) for variant, nbytes in sizes]
+    shape = (module.num_embeddings, module.embedding_dim)
+    curve = method.curve(row_chunks(module), *shape, counts=counts, sensitivity=sensitivity)
+    return [*(Option(setting, setting.nbytes(*shape), loss) for setting, loss in curve), alone]
 
 
 def _sizes(path: str, group: Group, method: Method | None) -> list[tuple[Method | None, int]]:
-    """The same, each with its bytes."""
+    """What can be done with a table, each with its bytes; leaving it alone is the last."""
     alone = (None, group_nbytes(group))
     if method is None:
         return [alone]

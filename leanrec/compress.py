@@ -26,6 +26,7 @@ from leanrec.embeddings import (
     unpooled,
 )
 from leanrec.methods.base import Method, Table
+from leanrec.ops.sensitivity import Sensitivity
 
 
 def compress(
@@ -33,6 +34,7 @@ def compress(
     method: Method | Mapping[str, Method | None],
     *,
     counts: Mapping[str, Tensor] | None = None,
+    sensitivities: Mapping[str, Sensitivity] | None = None,
     fit: bool = True,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
@@ -49,6 +51,7 @@ def compress(
         method: For every table; or pattern -> method, where patterns are globs on the paths of `tables(model)`, the first that matches
             decides, and None leaves alone, as does matching no pattern.
         counts: Path of a table -> (V,) int occurrences of its ids in the training split. Tables that share a weight add theirs.
+        sensitivities: What `measure_sensitivity` gave for the model, for methods that use it.
         fit: Whether the tables take over the rows that are there. If not, they start at random, to be trained from scratch.
         seed: Source of all random draws, for each table together with its path: the order of the tables does not matter.
         progress: Called after each table with its path, the number of tables done and the number in all.
@@ -62,11 +65,11 @@ def compress(
     """
     groups = table_groups(model)
     methods = choose(model, method)
-    row_counts = group_counts(groups, counts)
+    row_counts, row_sensitivities = group_counts(groups, counts), group_sensitivities(groups, sensitivities)
     jobs = {path: chosen for path, chosen in methods.items() if chosen is not None and not _has_method(groups[path], chosen)}
     _check(model, {path: groups[path] for path in jobs}, jobs, way="fit" if fit else "scratch")
     for done, (path, chosen) in enumerate(jobs.items(), start=1):
-        model = _swap(model, groups.pop(path), chosen, row_counts.get(path), _generator(seed, path), fit=fit)
+        model = _swap(model, groups.pop(path), chosen, row_counts.get(path), row_sensitivities.get(path), _generator(seed, path), fit=fit)
         if progress is not None:
             progress(path, done, len(jobs))
     return model
@@ -116,6 +119,25 @@ def group_counts(groups: Mapping[str, Group], counts: Mapping[str, Tensor] | Non
             )
         totals[first] = count.long() + totals.get(first, 0)
     return totals
+
+
+def group_sensitivities(groups: Mapping[str, Group], sensitivities: Mapping[str, Sensitivity] | None) -> dict[str, Sensitivity]:
+    """First path of a group -> what is known of its weight; groups of which nothing is known are left out.
+
+    Raises:
+        ValueError: An unknown path, or a sensitivity of another shape.
+    """
+    for path, known in (sensitivities or {}).items():
+        if path not in groups:
+            raise ValueError(
+                f"sensitivities: the model has no table {path!r}. The tables are {listing({first: groups[first][first] for first in groups})}."
+            )
+        table = groups[path][path]
+        if known.rows.shape != (table.num_embeddings,) or known.metric.shape != (table.embedding_dim, table.embedding_dim):
+            raise ValueError(
+                f"{title(path, table)}: its sensitivity is that of a table of {len(known.rows)} x {len(known.metric)}. Measure it on this model."
+            )
+    return dict(sensitivities or {})
 
 
 def _checked_patterns(method: Method | Mapping[str, Method | None]) -> Mapping[str, Method | None]:
@@ -208,7 +230,16 @@ def _obstacle(module: EmbeddingModule) -> str | None:
     return None
 
 
-def _swap(model: nn.Module, group: Group, method: Method, counts: Tensor | None, generator: torch.Generator, *, fit: bool) -> nn.Module:
+def _swap(
+    model: nn.Module,
+    group: Group,
+    method: Method,
+    counts: Tensor | None,
+    sensitivity: Sensitivity | None,
+    generator: torch.Generator,
+    *,
+    fit: bool,
+) -> nn.Module:
     """The model with one table built, fitted if so asked, and put in all its places."""
     old = next(iter(group.values()))
     held = unpooled(old)
@@ -217,6 +248,8 @@ def _swap(model: nn.Module, group: Group, method: Method, counts: Tensor | None,
     table = method.build(old.num_embeddings, old.embedding_dim, generator=generator).to(weight.device)
     table.padding_idx = next(iter(_paddings(group)), None)
     table.sparse = held.sparse
+    if fit and sensitivity is not None:
+        table.weigh(sensitivity)
     if fit:
         table.fit(weight, counts)
     elif counts is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from leanrec.data.vocabulary import read_counts
 from leanrec.embeddings import tables
 from leanrec.methods import Method, parse
 from leanrec.models.layers import module_names
+from leanrec.ops.sensitivity import Sensitivity
+from leanrec.sensitivity import measure_sensitivity
 
 MODEL_FILE, SCHEMA_FILE = "model.safetensors", "schema.json"
 PREDICT_BATCH = 16_384
+SENSITIVITY_BATCH, SENSITIVITY_BATCHES = 4096, 256  # a million rows of the log at most, from all over it
 
 
 @dataclass
@@ -119,11 +123,20 @@ def compress_tables(
     plan: Method | dict[str, Method | None]
     plan = parse(method) if isinstance(method, str) else {glob: None if text is None else parse(text) for glob, text in method.items()}
     counts = table_counts(recommender)
+    methods = [plan] if isinstance(plan, Method) else list(plan.values())
+    sensitivities = _sensitivities(recommender, counts, seed=seed) if fit and any(chosen and chosen.uses_sensitivity for chosen in methods) else None
     if ratio is not None or nbytes is not None:
         if not isinstance(plan, Method):
             raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
-        plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts)
-    recommender.model = compress(recommender.model, plan, counts=counts, fit=fit, seed=seed, progress=progress)
+        plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts, sensitivities=sensitivities)
+    recommender.model = compress(recommender.model, plan, counts=counts, sensitivities=sensitivities, fit=fit, seed=seed, progress=progress)
+
+
+def _sensitivities(recommender: Recommender, counts: Mapping[str, Tensor], *, seed: int) -> dict[str, Sensitivity]:
+    """Of the tables, measured on rows of the training split."""
+    loader = Loader(recommender.data, "train", recommender.schema, batch_size=SENSITIVITY_BATCH, seed=seed)
+    features = (batch.features for batch in islice(loader.batches(), SENSITIVITY_BATCHES))
+    return measure_sensitivity(recommender.model, features, counts=counts, seed=seed)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ FLOORS = (
     {"methods", "models"},
     {"bag"},
     {"embeddings", "compress", "move"},
-    {"budget", "dense", "report", "storage"},
+    {"budget", "dense", "report", "sensitivity", "storage"},
     {"recommender", "train", "evaluate"},
     {"export", "serve", "tune"},
     {"bench", "demo"},
@@ -38,7 +38,7 @@ NEIGHBOURS = {
     "__main__": {"cli"},
 }
 # These work on any PyTorch model, so they know neither logs nor reference models.
-ANY_MODEL = {"ops", "methods", "bag", "embeddings", "compress", "move", "budget", "dense", "report", "storage"}
+ANY_MODEL = {"ops", "methods", "bag", "embeddings", "compress", "move", "budget", "dense", "report", "sensitivity", "storage"}
 # These are held closer than their floor.
 ONLY = {"ops": set(), "runs": set(), "methods": {"ops"}, "models": {"data"}}
 

@@ -233,7 +233,9 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
 def _opponent(cell: Cell, folders: Folders, quality: float) -> int | None:
     """Bytes of the tables of the smallest plain model of the same log, backbone and seed that is at least as good; None if none is."""
     results = read_results(folders.results)
-    same = [result for result in results if _place(result) == (cell.experiment.dataset, cell.backbone, cell.seed) and result["run"]["family"] in PLAIN]
+    same = [
+        result for result in results if _place(result) == (cell.experiment.dataset, cell.backbone, cell.seed) and result["run"]["family"] in PLAIN
+    ]
     return min((result["size"]["tables"] for result in same if result["quality"]["auc"] >= quality), default=None)
 
 

@@ -31,6 +31,7 @@ from leanrec.methods.rq import RQ
 from leanrec.methods.scalar import Scalar
 from leanrec.methods.smalldim import SmallDim
 from leanrec.methods.tensor_train import TensorTrain
+from leanrec.methods.vrq import VRQ
 
 __all__ = [
     "CAFE",
@@ -44,6 +45,7 @@ __all__ = [
     "PQ",
     "ROBE",
     "RQ",
+    "VRQ",
     "AdaptiveOutput",
     "CpRec",
     "DeepHash",
@@ -74,6 +76,7 @@ METHODS: dict[str, type[Method]] = {
         DPQ,
         MGQE,
         RQ,
+        VRQ,
         MEC,
         LowRank,
         Hash,

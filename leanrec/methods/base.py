@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.order import RowOrder
+from leanrec.ops.sensitivity import Sensitivity
 from leanrec.ops.spread import Spread
 
 _CHUNK_VALUES = 2**20
@@ -30,6 +31,8 @@ class Method(ABC):
     """The integer field that trades size for quality: size never falls as it grows."""
     gaps: ClassVar[Mapping[str, str]] = {}
     """Ways of use, "fit" after training or "scratch" from its first step on, that the method does not have -> why."""
+    uses_sensitivity: ClassVar[bool] = False
+    """Whether a fit gains from knowing how much the loss depends on each row: see `Table.weigh`."""
 
     @abstractmethod
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
@@ -75,6 +78,24 @@ class Method(ABC):
             spread: Of the table's rows.
         """
 
+    def curve(
+        self, chunks: Iterable[Tensor], num_embeddings: int, embedding_dim: int, *, counts: Tensor | None, sensitivity: Sensitivity | None
+    ) -> list[tuple[Method, float]]:
+        """Settings among which a budget chooses for a table, each with the squared error of a looked-up row that it is expected to leave.
+
+        Here, all `variants` by their `expected_error`. A method whose sizes depend on the rows themselves measures them instead; with
+        sensitivities the error is then the expected rise of the loss.
+
+        Args:
+            chunks: Rows of the table, (N, D) float at a time, to be read once.
+            num_embeddings: V.
+            embedding_dim: D.
+            counts: (V,) int64, or None.
+            sensitivity: Of the table, where it is known.
+        """
+        spread = Spread.measure(chunks, num_embeddings, counts)
+        return [(variant, spread.variance * variant.expected_error(spread)) for variant in self.variants(num_embeddings, embedding_dim)]
+
 
 class Table(nn.Module, ABC):
     """A compressed V x D table, drop-in for `nn.Embedding`.
@@ -101,6 +122,9 @@ class Table(nn.Module, ABC):
             weight: (V, D) float, read in chunks and left as it is.
             counts: (V,) int64 occurrences of each id in the training split, or None for equal weight.
         """
+
+    def weigh(self, sensitivity: Sensitivity) -> None:
+        """Called before `fit`, where it is known how much the loss depends on each row: what the fit is to make small; ignored by most."""
 
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,370 @@
+"""Variable-rate residual quantization with the loss of the model as its distortion; leanrec's own.
+
+Residual codes: Chen, Guan and Wang, Sensors 2010, doi:10.3390/s101211259. Sensitivity as distortion: Hassibi and Stork, NeurIPS 1992.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.order import RowOrder, order_nbytes
+from leanrec.methods.pq import PQ, code_bits, parts_error, used_centroids
+from leanrec.ops.additive import beam_search
+from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
+from leanrec.ops.levels import Gains, even_borders
+from leanrec.ops.packing import pack, packed_nbytes, unpack_rows
+from leanrec.ops.rounding import dequantize, least_squares_scales, quantize
+from leanrec.ops.sensitivity import Sensitivity
+from leanrec.ops.spread import Spread
+
+WORD_BITS = 4  # of a value of a code word; what rounding loses the next level makes up for
+MAX_LEVELS = 32
+_CENTROIDS = (16, 64, 256)  # that a budget tries
+_LEVELS = 16
+_MEASURED_ROWS = 131_072
+_LEVEL_ITERS = 12
+_REFINE_ROUNDS = 4
+# Words compared per row and level, which set the width of the beam.
+_FIRST_SEARCH, _LAST_SEARCH = 512, 1024
+_MAX_BEAM = 16
+_PRICES = 40  # sizes that a budget tries per number of centroids
+
+
+@dataclass(frozen=True)
+class VRQ(Method):
+    """A row is the mean row plus one centroid per level; popular rows have more levels than rare ones, the rarest none.
+
+    Three things make it smaller than `RQ` at the same quality. Each level ends at the row from which on its codes do not pay, and
+    since rows stand by falling popularity, only these few borders are stored. Code words are rounded to 4 bits a value, each with a scale,
+    one level after the other, so that a level makes up for the rounding of those before. And where the sensitivity of the table is known
+    (`leanrec.measure_sensitivity`, which `leanrec compress` calls), the error that is made small is the expected rise of the loss, not the
+    squared distance: rows weigh by their share in the Fisher information, and directions by its metric. Code words live in the table's own
+    space, so the metric costs no byte. Without sensitivity a row weighs as a power of its count. `docs/vrq.md` has the derivation.
+
+    Attributes:
+        codes_per_1000_rows: Codes stored, of all levels together, for a thousand rows: 4000 are four per row on average.
+        num_levels: L, the most codes of one row, 1 to 32.
+        num_centroids: K of each level, 2 to 65536; a table of fewer rows has one centroid per row.
+        sorted_rows: Whether rows stand in falling order of popularity, as `leanrec prepare` numbers ids; if not, the order is stored.
+        weight_power: Without sensitivity, a row counts as count ** weight_power in the fit.
+    """
+
+    gaps: ClassVar[Mapping[str, str]] = PQ.gaps
+    uses_sensitivity: ClassVar[bool] = True
+    knob: ClassVar[str] = "codes_per_1000_rows"
+    codes_per_1000_rows: int = 4000
+    num_levels: int = 8
+    num_centroids: int = 64
+    sorted_rows: bool = True
+    weight_power: float = 0.75
+
+    def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
+        return sorted({round(1000 * self.num_levels * 2**-halvings) for halvings in range(6)})
+
+    def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
+        return [
+            replace(self, codes_per_1000_rows=rate, num_levels=levels, num_centroids=size)
+            for size in self._centroid_choices(num_embeddings)
+            for levels in (1, 2, 4, 8, 16)
+            for rate in (1, 125 * levels, 500 * levels, 1000 * levels)
+        ]
+
+    def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
+        if not 1 <= self.num_levels <= MAX_LEVELS:
+            raise ValueError(f"VRQ has num_levels={self.num_levels}. Choose 1 to {MAX_LEVELS}.")
+        if not 1 <= self.codes_per_1000_rows <= 1000 * self.num_levels:
+            raise ValueError(
+                f"VRQ has codes_per_1000_rows={self.codes_per_1000_rows}. Choose 1 to {1000 * self.num_levels}, which is num_levels for every row."
+            )
+        num_centroids = used_centroids(self, self.num_centroids, num_embeddings)
+        codes = packed_nbytes(self.num_codes(num_embeddings), 1, code_bits(num_centroids))
+        words = packed_nbytes(self.num_levels * num_centroids, embedding_dim, WORD_BITS) + self.num_levels * num_centroids * 2
+        return codes + words + embedding_dim * 4 + self.num_levels * 8 + order_nbytes(num_embeddings, sorted_rows=self.sorted_rows)
+
+    def num_codes(self, num_embeddings: int) -> int:
+        """Codes stored, of all levels together."""
+        return max(1, num_embeddings * self.codes_per_1000_rows // 1000)
+
+    def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> VRQTable:
+        self.nbytes(num_embeddings, embedding_dim)
+        return VRQTable(self, num_embeddings, embedding_dim, generator=generator)
+
+    def expected_error(self, spread: Spread) -> float:
+        levels, num_centroids = self.codes_per_1000_rows / 1000, min(self.num_centroids, spread.num_embeddings)
+        lost = parts_error(spread, spread.spectra(1), num_bits=levels * math.log2(num_centroids))
+        return min(1.0, spread.share_beyond(num_centroids) ** levels * lost)
+
+    def curve(
+        self, chunks: Iterable[Tensor], num_embeddings: int, embedding_dim: int, *, counts: Tensor | None, sensitivity: Sensitivity | None
+    ) -> list[tuple[Method, float]]:
+        """Measured on a fit of a sample of the rows for each number of centroids, with as many levels and codes as pay at each of many prices."""
+        lens = _Lens.choose(sensitivity, counts, num_embeddings, embedding_dim, self.weight_power)
+        order = RowOrder(num_embeddings, sorted_rows=self.sorted_rows)
+        order.fit(counts)
+        sample = _Sample.draw(chunks, order, lens)
+        found: dict[Method, float] = {}
+        for size in self._centroid_choices(num_embeddings):
+            setting = replace(self, num_levels=_LEVELS, num_centroids=size)
+            chain = _Chain.grow(sample, lens, num_levels=_LEVELS, num_centroids=min(size, num_embeddings), seed=0)
+            found |= {method: lens.scale * lost for method, lost in _sizes(setting, chain.gains(sample), num_embeddings, embedding_dim)}
+        return list(found.items())
+
+    def _centroid_choices(self, num_embeddings: int) -> list[int]:
+        return [size for size in _CENTROIDS if size == _CENTROIDS[0] or size < 2 * num_embeddings]
+
+
+class VRQTable(Table):
+    """`mean`: (D,) float32, trainable. The rest is frozen: `packed_codes`: (ceil(C * bits / 8),) uint8, level by level, C codes in all;
+    `borders`: (L,) int64, rows that have a code of each level; `packed_words`: (ceil(L * K * D / 2),) uint8 and `scales`: (L K, 1) float16.
+
+    Built without a fit, codes and code words are random.
+    """
+
+    method: VRQ
+    packed_codes: Tensor
+    borders: Tensor
+    packed_words: Tensor
+    scales: Tensor
+
+    def __init__(self, method: VRQ, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
+        super().__init__(method, num_embeddings, embedding_dim, generator=generator)
+        self.num_centroids = used_centroids(method, method.num_centroids, num_embeddings)
+        self.num_bits = code_bits(self.num_centroids)
+        self.sensitivity: Sensitivity | None = None
+        num_words, num_codes = method.num_levels * self.num_centroids, method.num_codes(num_embeddings)
+        draws = torch.Generator().manual_seed(self.seed)
+        self.order = RowOrder(num_embeddings, sorted_rows=method.sorted_rows)
+        self.mean = nn.Parameter(torch.zeros(embedding_dim))
+        self.register_buffer("packed_codes", pack(torch.randint(self.num_centroids, (num_codes, 1), generator=draws), self.num_bits))
+        self.register_buffer("borders", torch.tensor(even_borders(num_embeddings, method.num_levels, num_codes)))
+        self.register_buffer("packed_words", pack(torch.randint(2**WORD_BITS, (num_words, embedding_dim), generator=draws), WORD_BITS))
+        self.register_buffer("scales", torch.full((num_words, 1), 0.01, dtype=torch.float16))
+
+    def weigh(self, sensitivity: Sensitivity) -> None:
+        self.sensitivity = sensitivity
+
+    @torch.no_grad()
+    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
+        self.check_weight(weight)
+        self.order.fit(counts)
+        lens = _Lens.choose(self.sensitivity, counts, self.num_embeddings, self.embedding_dim, self.method.weight_power)
+        self.sensitivity = None
+        sample = _Sample.draw((rows for _, rows in self.row_chunks(weight)), self.order, lens)
+        first = _Chain.grow(sample, lens, num_levels=self.method.num_levels, num_centroids=self.num_centroids, seed=self.seed)
+        borders = first.gains(sample).spend(self.method.num_codes(self.num_embeddings))
+        chain = _Chain.grow(sample, lens, num_levels=len(borders), num_centroids=self.num_centroids, seed=self.seed, borders=borders)
+        chain.refine(sample, lens, borders)
+        self._store(chain, lens, weight, borders)
+        return self
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        ranks, starts = self.order(ids).unsqueeze(1), self.borders.cumsum(0) - self.borders
+        present = ranks < self.borders  # (N, L)
+        places = torch.where(present, starts + ranks, 0)
+        codes = unpack_rows(self.packed_codes, places.flatten(), 1, self.num_bits).view_as(places)
+        first_words = torch.arange(0, len(self.scales), self.num_centroids, device=ids.device)
+        words = self._words((codes + first_words).flatten()).view(*places.shape, self.embedding_dim)
+        return self.mean + (words * present.unsqueeze(2)).sum(1)
+
+    def lengths(self) -> Tensor:
+        """Codes of each row: (V,) int64."""
+        return (self.order(torch.arange(self.num_embeddings)).unsqueeze(1) < self.borders).sum(1)
+
+    def _words(self, numbers: Tensor) -> Tensor:
+        """Code words by their numbers among those of all levels: (N,) int64 -> (N, D)."""
+        levels = unpack_rows(self.packed_words, numbers, self.embedding_dim, WORD_BITS)
+        return dequantize(levels, self.scales[numbers].to(self.mean.dtype), WORD_BITS)
+
+    def _store(self, chain: _Chain, lens: _Lens, weight: Tensor, borders: Sequence[int]) -> None:
+        """Give every row its codes and keep them with the code words."""
+        codes = torch.zeros(sum(borders), 1, dtype=torch.int32)
+        starts = [sum(borders[:level]) for level in range(len(borders))]
+        first = 0
+        for chunk in (rows for _, rows in self.row_chunks(weight)):
+            ranks = self.order(torch.arange(first, first + len(chunk), device=self.borders.device)).cpu()
+            found = chain.encode(chunk.cpu() @ lens.whiten, ranks, borders, search=_LAST_SEARCH)
+            for level, border in enumerate(borders):
+                has = ranks < border
+                codes[starts[level] + ranks[has], 0] = found[has, level].int()
+            first += len(chunk)
+        self.packed_codes.copy_(pack(codes, self.num_bits))
+        self.borders.copy_(torch.tensor(borders))
+        self.packed_words.copy_(pack(torch.cat([book.levels for book in chain.books]), WORD_BITS))
+        self.scales.copy_(torch.cat([book.scales for book in chain.books]))
+        self.mean.copy_(chain.mean @ lens.color)
+
+
+@dataclass(frozen=True)
+class _Lens:
+    """The space in which squared distance is what an error costs.
+
+    Attributes:
+        whiten: (D, D), from the table's space into it.
+        color: (D, D), back.
+        weights: (V,) float32, of each row; 1 in sum.
+        scale: What a weighted squared distance of 1 costs.
+    """
+
+    whiten: Tensor
+    color: Tensor
+    weights: Tensor
+    scale: float
+
+    @classmethod
+    def choose(cls, sensitivity: Sensitivity | None, counts: Tensor | None, num_embeddings: int, embedding_dim: int, power: float) -> _Lens:
+        if sensitivity is None or not sensitivity.rows.any():
+            weights = row_weights(counts, num_embeddings, power=power)
+            return cls(torch.eye(embedding_dim), torch.eye(embedding_dim), weights / weights.sum(), 1.0)
+        whiten, color = sensitivity.whitener()
+        total = float(sensitivity.rows.sum(dtype=torch.float64))
+        return cls(whiten, color, sensitivity.rows / total, total / 2)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows that stand for all of a table: points (S, D) in a lens, ranks (S,), rising, and weights (S,)."""
+
+    points: Tensor
+    ranks: Tensor
+    weights: Tensor
+    num_rows: int
+
+    @classmethod
+    def draw(cls, chunks: Iterable[Tensor], order: RowOrder, lens: _Lens) -> _Sample:
+        """All rows, or as many as are enough: half of them by weight, which find the code words, half of them evenly, which find the borders."""
+        num_rows = len(lens.weights)
+        if num_rows <= _MEASURED_ROWS:
+            rows, weights = torch.arange(num_rows), lens.weights
+        else:
+            rows, weights = _mixed_sample(lens.weights)
+        picked, first = [], 0
+        for chunk in chunks:
+            low, high = torch.searchsorted(rows, torch.tensor([first, first + len(chunk)])).tolist()
+            picked.append(chunk[(rows[low:high] - first).to(chunk.device)].float().cpu() @ lens.whiten)
+            first += len(chunk)
+        ranks, by_rank = order(rows.to(next(order.buffers(), rows).device)).cpu().sort()
+        return cls(torch.cat(picked)[by_rank], ranks, weights[by_rank], num_rows)
+
+
+def _mixed_sample(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, rising, drawn in proportion to half their share of the weight and half an even one, and what each of them stands for."""
+    chances = weights / weights.sum() / 2 + 0.5 / len(weights)
+    edges = chances.double().cumsum(0)
+    marks = (torch.arange(_MEASURED_ROWS, dtype=torch.float64) + 0.5) * (edges[-1] / _MEASURED_ROWS)
+    rows, times = torch.unique_consecutive(torch.searchsorted(edges, marks, right=True).clamp(max=len(weights) - 1), return_counts=True)
+    return rows, weights[rows] / (chances[rows] * _MEASURED_ROWS) * times
+
+
+@dataclass(frozen=True)
+class _Book:
+    """Code words as they are stored, `levels` (K, D) int32 and `scales` (K, 1) float16, and what that is in a lens, `words` (K, D)."""
+
+    levels: Tensor
+    scales: Tensor
+    words: Tensor
+
+    @classmethod
+    def round(cls, words: Tensor, lens: _Lens) -> _Book:
+        """The nearest that can be stored to words in the lens."""
+        plain = words @ lens.color
+        scales = least_squares_scales(plain, WORD_BITS)
+        levels = quantize(plain, scales, WORD_BITS)
+        return cls(levels, scales, dequantize(levels, scales.float(), WORD_BITS) @ lens.whiten)
+
+
+@dataclass
+class _Chain:
+    """Code books level by level, and the codes of a sample.
+
+    Attributes:
+        mean: (D,), in the lens.
+        books: One per level.
+        codes: For each level (S,) int64, of the sampled rows that have a code of it.
+    """
+
+    mean: Tensor
+    books: list[_Book]
+    codes: list[Tensor]
+
+    @classmethod
+    def grow(cls, sample: _Sample, lens: _Lens, *, num_levels: int, num_centroids: int, seed: int, borders: Sequence[int] | None = None) -> _Chain:
+        """Each level by k-means on what the levels before it leave of the rows that have a code of it: all, without `borders`."""
+        generator = torch.Generator().manual_seed(seed)
+        mean = sample.weights @ sample.points / sample.weights.sum()
+        chain, rest = cls(mean, [], []), sample.points - mean
+        for level in range(num_levels):
+            limit = len(rest) if borders is None else int(torch.searchsorted(sample.ranks, borders[level]))
+            words = torch.zeros(num_centroids, len(mean))
+            if limit:
+                rows, weights = sample_rows(sample.weights[:limit], num_centroids, generator=generator)
+                words = kmeans(rest[rows], num_centroids, weights=weights, num_iters=_LEVEL_ITERS, generator=generator)
+            chain.books.append(_Book.round(words, lens))
+            chain.codes.append(nearest(rest[:limit], chain.books[-1].words))
+            rest[:limit] -= chain.books[-1].words[chain.codes[-1]]
+        return chain
+
+    def gains(self, sample: _Sample) -> Gains:
+        """What each level saves on the sample, for a chain that grew without borders."""
+        rest, errors = sample.points - self.mean, []
+        for book, codes in zip(self.books, self.codes, strict=True):
+            errors.append(rest.square().sum(1))
+            rest = rest - book.words[codes]
+        errors.append(rest.square().sum(1))
+        return Gains.measure(sample.ranks, torch.stack(errors, 1), sample.weights, sample.num_rows)
+
+    def refine(self, sample: _Sample, lens: _Lens, borders: Sequence[int]) -> None:
+        """Codes, all levels together, and the words of each level in turn fitted to what the others leave."""
+        for _ in range(_REFINE_ROUNDS):
+            codes = self.encode(sample.points, sample.ranks, borders, search=_FIRST_SEARCH)
+            rest = sample.points - self.mean
+            for level, known in enumerate(self.codes):
+                self.codes[level] = codes[: len(known), level]
+                rest[: len(known)] -= self.books[level].words[self.codes[level]]
+            for level, (book, known) in enumerate(zip(self.books, self.codes, strict=True)):
+                own = rest[: len(known)] + book.words[known]
+                means = ClusterMeans(book.words)
+                means.add(own, known, sample.weights[: len(known)])
+                self.books[level] = _Book.round(means.value(), lens)
+                rest[: len(known)] = own - self.books[level].words[known]
+
+    def encode(self, points: Tensor, ranks: Tensor, borders: Sequence[int], *, search: int) -> Tensor:
+        """Codes of points (N, D) in the lens, of ranks (N,), by beam search: (N, L) int64, 0 where a row has no code."""
+        lengths = (ranks.unsqueeze(1) < torch.tensor(borders)).sum(1)
+        words = torch.stack([book.words for book in self.books])
+        beam_size = max(1, min(_MAX_BEAM, search // words.shape[1]))
+        codes = torch.zeros(len(points), len(borders), dtype=torch.int64)
+        for length in lengths.unique().tolist():
+            if length:
+                [rows] = torch.where(lengths == length)
+                codes[rows, :length] = beam_search(points[rows] - self.mean, words[:length], beam_size=beam_size)
+        return codes
+
+
+def _sizes(method: VRQ, gains: Gains, num_embeddings: int, embedding_dim: int) -> list[tuple[Method, float]]:
+    """Settings with the numbers of levels and codes that pay at falling prices of a byte, each with the error that it leaves."""
+    bits = code_bits(min(method.num_centroids, num_embeddings))
+    least = replace(method, num_levels=1, codes_per_1000_rows=1)
+    found: list[tuple[Method, float]] = [(least, gains.error)]
+    highest = gains.error / max(1, least.nbytes(num_embeddings, embedding_dim))
+    for step in range(_PRICES):
+        price = highest * 2.0 ** (-step * 0.75 + 4)
+        borders = [border for border in gains.borders(price * bits / 8) if border]
+        best: tuple[float, Method, float] | None = None
+        for num_levels in range(1, len(borders) + 1):
+            rate = max(1, -(-sum(borders[:num_levels]) * 1000 // num_embeddings))
+            setting = replace(method, num_levels=num_levels, codes_per_1000_rows=min(rate, 1000 * num_levels))
+            lost = gains.left(borders[:num_levels])
+            cost = lost + price * setting.nbytes(num_embeddings, embedding_dim)
+            if best is None or cost < best[0]:
+                best = cost, setting, lost
+        if best is not None:
+            found.append(best[1:])
+    return found
