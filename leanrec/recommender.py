@@ -25,7 +25,7 @@ from leanrec.sensitivity import measure_sensitivity
 
 MODEL_FILE, SCHEMA_FILE = "model.safetensors", "schema.json"
 PREDICT_BATCH = 16_384
-SENSITIVITY_BATCH, SENSITIVITY_BATCHES = 4096, 256  # a million rows of the log at most, from all over it
+SENSITIVITY_BATCH, SENSITIVITY_BATCHES = 4096, 128  # half a million rows of the log at most, from all over it
 
 
 @dataclass

@@ -31,7 +31,7 @@ def compress_run(
     run: Path,
     out: Path,
     *,
-    method: str | Mapping[str, str | None] = "MEC()",
+    method: str | Mapping[str, str | None] = "VRQ()",
     ratio: float | None = None,
     nbytes: int | None = None,
     dense_ratio: float | None = None,
@@ -74,7 +74,7 @@ def compress_run(
         else:
             compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
             if dense_ratio is not None:
-                _compress_layers(recommender, dense_ratio, seed=seed)
+                compress_layers(recommender, dense_ratio, seed=seed)
             storage.save(recommender.model, fitted)
         sizes = size_report(recommender)
         progress = None
@@ -105,7 +105,8 @@ def methods_of(recommender: Recommender) -> dict[str, str | None]:
     return {path: repr(table.method) if isinstance(table, Table) else None for path, table in found.items()}
 
 
-def _compress_layers(recommender: Recommender, ratio: float, *, seed: int) -> None:
+def compress_layers(recommender: Recommender, ratio: float, *, seed: int) -> None:
+    """Factor the linear layers of a recommender, in place, by what they put out on rows of the training split; see `compress_dense`."""
     loader = Loader(recommender.data, "train", recommender.schema, batch_size=PREDICT_BATCH, seed=seed)
     features = (batch.features for batch in islice(loader.batches(), DENSE_BATCHES))
     recommender.model = compress_dense(recommender.model, features, ratio=ratio)

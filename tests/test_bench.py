@@ -19,6 +19,8 @@ ratios = [20]
 scratch = ["Hash()", "LowRank()"]
 settings = ["Scalar(num_bits=8)"]
 small_dims = [2]
+small_methods = ["Scalar(num_bits=8)"]
+dense_ratios = [1.2]
 [model]
 hidden_units = [8]
 [train]
@@ -58,8 +60,8 @@ def run(folder: Path, seen=None):
 
 def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
     results = read_results(suite / "results" / "tiny")
-    assert len(results) == 2 * 6
-    assert {result["run"]["family"] for result in results} == {"Full", "Smaller", "Scalar", "PQ", "Hash", "LowRank"}
+    assert len(results) == 2 * 8
+    assert {result["run"]["family"] for result in results} == {"Full", "Smaller", "Dense", "Scalar", "PQ", "Hash", "LowRank"}
     for result in results:
         assert {"run", "quality", "size", "seconds", "peak_memory", "speed", "machine", "versions", "commit", "settings"} <= result.keys()
         assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
@@ -102,7 +104,7 @@ def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     missing.unlink()
     seen = []
     run(suite, seen)
-    assert seen == [(missing.name, 12, 12)]
+    assert seen == [(missing.name, 16, 16)]
     after = {path: path.read_text() for path in sorted((suite / "results" / "tiny").glob("*.json"))}
     assert {path for path in before if before[path] == after[path]} >= set(before) - {missing}
     assert json.loads(after[missing])["quality"] == json.loads(before[missing])["quality"]
@@ -114,7 +116,7 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     assert [picture.name for picture in pictures] == ["tiny-small-deepfm.png"]
     assert all(picture.stat().st_size > 5000 for picture in pictures)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Hash", "LowRank", "PQ", "Scalar", "Full of dimension 2"]
+    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Full", "Hash", "LowRank", "PQ", "Scalar", "Full of dimension 2", "Scalar"]
     assert any("`Hash() at 20x from scratch`" in row for row in rows)
     assert "pictures/tiny-small-deepfm.png" in text
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
@@ -142,7 +144,7 @@ def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to
     expected = {(toml.parent.name, cell.file_name) for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))}
     results = {(path.parent.name, path.name) for path in (folder / "results").glob("*/*.json")}
     assert results <= expected
-    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "Smaller"}
+    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "Smaller", "Dense"}
 
 
 def test_a_method_that_cannot_become_so_small_becomes_as_small_as_it_can(suite):

@@ -266,7 +266,7 @@ def test_compress_passes_every_option_on(passed):
 
 def test_compress_without_epochs_of_tuning_does_not_tune(passed):
     _, _, options = passed("leanrec.tune.compress_run", "compress base --out run --tune-epochs 0")
-    assert options == {"method": "MEC()", "ratio": None, "nbytes": None, "dense_ratio": None, "tuning": None, "seed": 0}
+    assert options == {"method": "VRQ()", "ratio": None, "nbytes": None, "dense_ratio": None, "tuning": None, "seed": 0}
 
 
 def test_evaluate_passes_every_option_on(passed):

@@ -27,7 +27,7 @@ def log():
 def run_small(folder: Path, progress=None) -> Demo:
     """A demo on a small log, with fewer and quicker fits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_run, "METHOD", "MEC(num_steps=20)")
+        patch.setattr(demo_run, "RATIO", 20)
         patch.setattr(demo_run, "KNOBS", {"Scalar": (8, 4), "PQ": (2, 1)})
         return run_demo(folder, SMALL, progress=progress)
 
@@ -81,13 +81,13 @@ def test_demo_writes_all_it_names(small_demo):
     folder = small_demo.folder
     assert (folder / "quality_over_bytes.png").read_bytes().startswith(PNG)
     assert pl.read_csv(folder / "clicks.csv").shape == (20_000, 6)
-    assert {path.name for path in (folder / "runs").iterdir()} >= {"base", "mec", "untuned-pq-2", "untuned-scalar-8"}
+    assert {path.name for path in (folder / "runs").iterdir()} >= {"base", "small", "untuned-pq-2", "untuned-scalar-8"}
     for path in ("quality_over_bytes.png", "demo.json"):
         assert str(folder / path) in str(small_demo)
 
 
 def test_sizes_are_those_of_the_models_on_disk(small_demo):
-    full, small = (report(open_run(small_demo.folder / "runs" / name).model) for name in ("base", "mec"))
+    full, small = (report(open_run(small_demo.folder / "runs" / name).model) for name in ("base", "small"))
     assert (small_demo.size["tables"], small_demo.size["tables_full"]) == (small.tables, full.tables)
     assert (small_demo.size["model"], small_demo.size["model_full"]) == (small.model, full.model)
     assert f"{small.tables:,}" in str(small_demo) and f"{full.tables:,}" in str(small_demo)
@@ -104,7 +104,7 @@ def test_numbers_are_kept_as_json(small_demo):
     numbers = json.loads((small_demo.folder / "demo.json").read_text())
     assert numbers["settings"] == {"num_rows": 20_000, "num_users": 3_000, "num_items": 2_000, "seed": 3}
     assert numbers["compressed"]["auc"] == small_demo.compressed.auc
-    assert [point["method"] for point in numbers["points"]] == ["Scalar", "Scalar", "PQ", "PQ", "MEC"]
+    assert [point["method"] for point in numbers["points"]] == ["Scalar", "Scalar", "PQ", "PQ", "VRQ"]
     assert numbers["ratio"] == pytest.approx(numbers["size"]["tables_full"] / numbers["size"]["tables"])
 
 
@@ -152,4 +152,4 @@ def test_demo_compresses_fifty_times_at_little_cost(tmp_path: Path):
     assert result.ratio >= 50
     assert 0.75 < result.full.auc < result.truth_auc - 0.05
     assert result.comparison.auc.difference > -0.005
-    assert {point.method for point in result.points} == {"Scalar", "PQ", "RQ", "MEC"}
+    assert {point.method for point in result.points} == {"Scalar", "PQ", "RQ", "MEC", "VRQ"}

@@ -16,8 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FULL, SMALLER = "Full", "Smaller"
-PLAIN = (FULL, SMALLER, "Scalar")
+FULL, SMALLER, DENSE = "Full", "Smaller", "Dense"
+PLAIN = (FULL, SMALLER, "Scalar", "DropRare")
 """Families that a compressor has to beat: what anybody can do without it."""
 
 
@@ -36,6 +36,8 @@ class Experiment:
         scratch: Text forms that the tables have from the first step of training on, at each of `ratios`; as they stand where there are none.
         settings: Text forms that are taken as they stand.
         small_dims: Embedding dimensions of plain smaller models.
+        small_methods: Text forms that each of these smaller models is compressed with, as they stand.
+        dense_ratios: Bytes of all linear layers before / after, of the full model with its tables as they are.
         model, train, tuning: Differences from the defaults. `tuning = false` compresses without fine-tuning.
     """
 
@@ -49,6 +51,8 @@ class Experiment:
     scratch: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     small_dims: tuple[int, ...] = ()
+    small_methods: tuple[str, ...] = ()
+    dense_ratios: tuple[float, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] | bool = field(default_factory=dict)
@@ -76,7 +80,8 @@ class Experiment:
 class Cell:
     """One run: a method at one size on one model of one seed. `ratio` is None where the settings are taken as they stand.
 
-    `from_scratch`: the model is trained with compressed tables, not compressed after its training.
+    `from_scratch`: the model is trained with compressed tables, not compressed after its training. `dense_ratio`: its linear layers are
+    factored too.
     """
 
     experiment: Experiment
@@ -87,13 +92,22 @@ class Cell:
     seed: int
     ratio: float | None = None
     from_scratch: bool = False
+    dense_ratio: float | None = None
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a full model of its dimension, as it came out of training."""
+        return self.family in (FULL, SMALLER) and self.method == "Full()"
 
     @property
     def file_name(self) -> str:
         """Name of its result: readable, and one for each cell."""
         size = f"-{self.ratio:g}x" if self.ratio is not None else ""
         # Not the method SmallDim: smaller models had this name in results before there was such a method.
-        short = f"SmallDim(embedding_dim={self.embedding_dim})" if self.family == SMALLER else parse(self.method).short()
+        short = parse(self.method).short()
+        if self.family == SMALLER:
+            short = f"SmallDim(embedding_dim={self.embedding_dim})" + (f" {short}" if short != "Full()" else "")
+        size += f"-dense-{self.dense_ratio:g}x" if self.dense_ratio is not None else ""
         method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-") + ("-scratch" if self.from_scratch else "")
         return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
 
@@ -105,7 +119,12 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
             full = Cell(experiment, backbone, FULL, "Full()", experiment.embedding_dim, seed)
             yield full
             for dim in experiment.small_dims:
-                yield replace(full, family=SMALLER, embedding_dim=dim)
+                smaller = replace(full, family=SMALLER, embedding_dim=dim)
+                yield smaller
+                for text in experiment.small_methods:
+                    yield replace(smaller, method=repr(parse(text)))
+            for ratio in experiment.dense_ratios:
+                yield replace(full, family=DENSE, dense_ratio=ratio)
             for text in experiment.settings:
                 yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)))
             for text in experiment.methods:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from leanrec import runs
-from leanrec.bench.experiment import FULL, PLAIN, SMALLER, Cell, Experiment, cells
+from leanrec.bench.experiment import DENSE, PLAIN, SMALLER, Cell, Experiment, cells
 from leanrec.bench.speed import lookups_per_second
 from leanrec.budget import least_nbytes
 from leanrec.data.loader import Loader
@@ -27,7 +27,7 @@ from leanrec.ops.metrics import auc, calibration_ratio, log_loss
 from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress_tables, open_run, predict
 from leanrec.report import report
 from leanrec.train import TrainSettings, train_recommender, train_run
-from leanrec.tune import TUNING
+from leanrec.tune import TUNING, compress_layers
 
 SPEED_BATCH = 4096
 
@@ -102,7 +102,7 @@ def run_cell(job: tuple[Cell, Folders]) -> Path:
     if cell.from_scratch:
         result = _scratch_result(cell, folders, full_run)
     else:
-        result = _trained_result(cell, folders, full_run) if cell.family in (FULL, SMALLER) else _compressed_result(cell, folders, full_run)
+        result = _trained_result(cell, folders, full_run) if cell.is_trained else _compressed_result(cell, folders, full_run)
     folders.results.mkdir(parents=True, exist_ok=True)
     path = folders.results / cell.file_name
     runs.write_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -162,14 +162,18 @@ def _nbytes(cell: Cell, full: Recommender) -> int | None:
 
 def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
     experiment = cell.experiment
-    recommender = open_run(full_run)
+    base = _train_folder(cell, folders, cell.embedding_dim)
+    recommender = open_run(base)
     start = time.perf_counter()
-    compress_tables(recommender, cell.method, nbytes=_nbytes(cell, recommender), seed=cell.seed)
+    if cell.family != DENSE:
+        compress_tables(recommender, cell.method, nbytes=_nbytes(cell, recommender), seed=cell.seed)
+    if cell.dense_ratio is not None:
+        compress_layers(recommender, cell.dense_ratio, seed=cell.seed)
     fitted, history = time.perf_counter(), []
     if experiment.tuning is not False:
         differences = {} if experiment.tuning is True else dict(experiment.tuning)
         history = train_recommender(recommender, replace(TUNING, seed=cell.seed, **differences)).history
-    seconds = {"pretrain": runs.load(full_run)["seconds"], "fit": round(fitted - start, 3), "tune": round(time.perf_counter() - fitted, 3)}
+    seconds = {"pretrain": runs.load(base)["seconds"], "fit": round(fitted - start, 3), "tune": round(time.perf_counter() - fitted, 3)}
     folder = folders.work / "models" / folders.results.name / cell.file_name.removesuffix(".json")
     folder.mkdir(parents=True, exist_ok=True)
     recommender.save(folder)
@@ -214,6 +218,7 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
             "method": cell.method,
             "family": cell.family,
             "ratio": cell.ratio,
+            "dense_ratio": cell.dense_ratio,
             "from_scratch": cell.from_scratch,
             "embedding_dim": cell.embedding_dim,
             "seed": cell.seed,

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from leanrec.bench.experiment import FULL, SMALLER
+from leanrec.bench.experiment import DENSE, FULL, SMALLER
 from leanrec.bench.run import read_results
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
@@ -89,8 +89,13 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
 def _row(results: Sequence[Result], *, num_seeds: int) -> str:
     """One method at one size, over its seeds; where runs are missing, it says how many there are."""
     run, size = results[0]["run"], mean(results, "size", "tables")
-    short = f"Full of dimension {run['embedding_dim']}" if run["family"] == SMALLER else parse(run["method"]).short()
-    name = short + (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
+    name = (
+        parse(run["method"]).short()
+        if run["family"] != SMALLER
+        else f"{parse(run['method']).short().replace('Full()', 'Full')} of dimension {run['embedding_dim']}"
+    )
+    name += (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
+    name += f", linear layers at {run['dense_ratio']:g}x" if run.get("dense_ratio") else ""
     aucs = [result["quality"]["auc"] for result in results]
     spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
     cells = [
@@ -138,6 +143,8 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
         groups = sorted(grouped(list(members), _method_key), key=lambda group: mean(group, "size", "tables"))
         sizes = [mean(group, "size", "tables") for group in groups]
         means = [mean(group, "quality", "auc") for group in groups]
+        if family == DENSE:
+            continue
         if family == FULL:
             axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label=f"full model, {sizes[0]:,.0f} bytes")
             continue
@@ -165,8 +172,14 @@ def _experiment_key(result: Result) -> tuple[str, str]:
     return result["run"]["experiment"], result["run"]["backbone"]
 
 
-def _method_key(result: Result) -> tuple[str, bool, float, int]:
-    return result["run"]["method"], _scratch(result), result["run"]["ratio"] or 0.0, result["run"]["embedding_dim"]
+def _method_key(result: Result) -> tuple[str, bool, float, float, int]:
+    return (
+        result["run"]["method"],
+        _scratch(result),
+        result["run"]["ratio"] or 0.0,
+        result["run"].get("dense_ratio") or 0.0,
+        result["run"]["embedding_dim"],
+    )
 
 
 def _scratch(result: Result) -> bool:

@@ -221,7 +221,7 @@ def compress(
         typer.Option(
             metavar="METHOD",
             help="See `leanrec methods`. GLOB=METHOD, given several times, chooses by the tables' paths: the first match decides, and the "
-            "method None, as no match, leaves a table alone.  [default: MEC()]",
+            "method None, as no match, leaves a table alone.  [default: VRQ()]",
         ),
     ] = None,
     ratio: Annotated[
@@ -250,7 +250,7 @@ def compress(
         record = compress_run(
             run,
             out,
-            method=methods_from(method or ["MEC()"]),
+            method=methods_from(method or ["VRQ()"]),
             ratio=ratio,
             nbytes=nbytes,
             dense_ratio=dense_ratio,

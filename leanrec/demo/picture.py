@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STYLES = {"Scalar": ("#4c72b0", "s"), "PQ": ("#dd8452", "^"), "RQ": ("#55a868", "D"), "MEC": ("#c44e52", "o")}
+STYLES = {"Scalar": ("#4c72b0", "s"), "PQ": ("#dd8452", "^"), "RQ": ("#55a868", "D"), "MEC": ("#8172b3", "v"), "VRQ": ("#c44e52", "o")}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from leanrec.train import TrainSettings, train_run
 from leanrec.tune import compress_run
 
 CLICKS_FILE, NUMBERS_FILE, PICTURE_FILE = "clicks.csv", "demo.json", "quality_over_bytes.png"
-METHOD, RATIO = "MEC()", 50
-KNOBS = {"Scalar": (8, 4, 2), "PQ": (4, 2, 1), "RQ": (3, 2, 1), "MEC": (4, 2, 1)}
+METHOD, RATIO = "VRQ()", 50
+KNOBS = {"Scalar": (8, 4, 2), "PQ": (4, 2, 1), "RQ": (3, 2, 1), "MEC": (4, 2, 1), "VRQ": (4000, 1000)}
 """Method -> values of its knob in the picture."""
 
 MODEL: Mapping[str, Any] = {"embedding_dim": 32, "hidden_units": [64, 32], "embedding_std": 0.01}
@@ -82,7 +82,7 @@ class Demo:
 
     def __str__(self) -> str:
         size, difference = self.size, self.comparison.auc
-        head = ("", "full model", f"MEC, {self.ratio:.1f}x smaller")
+        head = ("", "full model", f"VRQ, {self.ratio:.1f}x smaller")
         lines = [
             ("embedding tables, bytes", f"{size['tables_full']:,}", f"{size['tables']:,}"),
             ("whole model, bytes", f"{size['model_full']:,}", f"{size['model']:,}"),
@@ -127,17 +127,17 @@ def run_demo(out: Path, settings: DemoSettings, *, progress: Say | None = None) 
     log = _write_log(folder / CLICKS_FILE, settings, say)
     say("prepare: raw values become ids")
     prepared = prepare(folder / CLICKS_FILE, folder / "data", kinds={"click": "label"}, seed=settings.seed)
-    base, mec = folder / "runs" / "base", folder / "runs" / "mec"
+    base, small = folder / "runs" / "base", folder / "runs" / "small"
     say(f"train: DeepFM, embedding_dim={MODEL['embedding_dim']}")
     train_run(prepared.folder, base, model="deepfm", model_settings=MODEL, settings=replace(TRAINING, seed=settings.seed))
     say(f"compress: {METHOD} at {RATIO}x, then fine-tuning")
-    compress_run(base, mec, method=METHOD, ratio=RATIO, tuning=replace(TUNING, seed=settings.seed), seed=settings.seed)
-    points = [*_untuned_points(folder / "runs", settings, say), _point("MEC", mec, tuned=True)]
+    compress_run(base, small, method=METHOD, ratio=RATIO, tuning=replace(TUNING, seed=settings.seed), seed=settings.seed)
+    points = [*_untuned_points(folder / "runs", settings, say), _point("VRQ", small, tuned=True)]
     say("evaluate: both on the test rows")
     full, _ = evaluate_run(base)
-    compressed, comparison = evaluate_run(mec, against=base, seed=settings.seed)
+    compressed, comparison = evaluate_run(small, against=base, seed=settings.seed)
     assert comparison is not None
-    record = runs.load(mec)
+    record = runs.load(small)
     size, valid = {name: record["report"][name] for name in SIZES}, record["valid"]
     helped = valid["auc"] > valid["auc_untuned"]
     result = Demo(out, prepared.rows, *log, MODEL["embedding_dim"], size, full, compressed, comparison, helped, tuple(points), _seconds(folder))

@@ -29,12 +29,13 @@ WORD_BITS = 4  # of a value of a code word; what rounding loses the next level m
 MAX_LEVELS = 32
 _CENTROIDS = (16, 64, 256)  # that a budget tries
 _LEVELS = 16
-_MEASURED_ROWS = 131_072
-_LEVEL_ITERS = 12
+_CURVE_ROWS, _FIT_ROWS = 32_768, 65_536  # of a sample that stands for the table
+_LEVEL_ITERS = 8
 _REFINE_ROUNDS = 4
 # Words compared per row and level, which set the width of the beam.
 _FIRST_SEARCH, _LAST_SEARCH = 512, 1024
 _MAX_BEAM = 16
+_NO_ERROR = 1e-5  # share of the error that is not worth another level
 _PRICES = 40  # sizes that a budget tries per number of centroids
 
 
@@ -109,7 +110,7 @@ class VRQ(Method):
         lens = _Lens.choose(sensitivity, counts, num_embeddings, embedding_dim, self.weight_power)
         order = RowOrder(num_embeddings, sorted_rows=self.sorted_rows)
         order.fit(counts)
-        sample = _Sample.draw(chunks, order, lens)
+        sample = _Sample.draw(chunks, order, lens, num_rows=_CURVE_ROWS)
         found: dict[Method, float] = {}
         for size in self._centroid_choices(num_embeddings):
             setting = replace(self, num_levels=_LEVELS, num_centroids=size)
@@ -157,9 +158,9 @@ class VRQTable(Table):
         self.order.fit(counts)
         lens = _Lens.choose(self.sensitivity, counts, self.num_embeddings, self.embedding_dim, self.method.weight_power)
         self.sensitivity = None
-        sample = _Sample.draw((rows for _, rows in self.row_chunks(weight)), self.order, lens)
+        sample = _Sample.draw((rows for _, rows in self.row_chunks(weight)), self.order, lens, num_rows=_FIT_ROWS)
         first = _Chain.grow(sample, lens, num_levels=self.method.num_levels, num_centroids=self.num_centroids, seed=self.seed)
-        borders = first.gains(sample).spend(self.method.num_codes(self.num_embeddings))
+        borders = first.gains(sample).spend(self.method.num_codes(self.num_embeddings), num_levels=self.method.num_levels)
         chain = _Chain.grow(sample, lens, num_levels=len(borders), num_centroids=self.num_centroids, seed=self.seed, borders=borders)
         chain.refine(sample, lens, borders)
         self._store(chain, lens, weight, borders)
@@ -235,32 +236,32 @@ class _Sample:
     points: Tensor
     ranks: Tensor
     weights: Tensor
-    num_rows: int
+    table_rows: int
 
     @classmethod
-    def draw(cls, chunks: Iterable[Tensor], order: RowOrder, lens: _Lens) -> _Sample:
+    def draw(cls, chunks: Iterable[Tensor], order: RowOrder, lens: _Lens, *, num_rows: int) -> _Sample:
         """All rows, or as many as are enough: half of them by weight, which find the code words, half of them evenly, which find the borders."""
-        num_rows = len(lens.weights)
-        if num_rows <= _MEASURED_ROWS:
-            rows, weights = torch.arange(num_rows), lens.weights
+        table_rows = len(lens.weights)
+        if table_rows <= num_rows:
+            rows, weights = torch.arange(table_rows), lens.weights
         else:
-            rows, weights = _mixed_sample(lens.weights)
+            rows, weights = _mixed_sample(lens.weights, num_rows)
         picked, first = [], 0
         for chunk in chunks:
             low, high = torch.searchsorted(rows, torch.tensor([first, first + len(chunk)])).tolist()
             picked.append(chunk[(rows[low:high] - first).to(chunk.device)].float().cpu() @ lens.whiten)
             first += len(chunk)
         ranks, by_rank = order(rows.to(next(order.buffers(), rows).device)).cpu().sort()
-        return cls(torch.cat(picked)[by_rank], ranks, weights[by_rank], num_rows)
+        return cls(torch.cat(picked)[by_rank], ranks, weights[by_rank], table_rows)
 
 
-def _mixed_sample(weights: Tensor) -> tuple[Tensor, Tensor]:
+def _mixed_sample(weights: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Rows, rising, drawn in proportion to half their share of the weight and half an even one, and what each of them stands for."""
     chances = weights / weights.sum() / 2 + 0.5 / len(weights)
     edges = chances.double().cumsum(0)
-    marks = (torch.arange(_MEASURED_ROWS, dtype=torch.float64) + 0.5) * (edges[-1] / _MEASURED_ROWS)
+    marks = (torch.arange(num_rows, dtype=torch.float64) + 0.5) * (edges[-1] / num_rows)
     rows, times = torch.unique_consecutive(torch.searchsorted(edges, marks, right=True).clamp(max=len(weights) - 1), return_counts=True)
-    return rows, weights[rows] / (chances[rows] * _MEASURED_ROWS) * times
+    return rows, weights[rows] / (chances[rows] * num_rows) * times
 
 
 @dataclass(frozen=True)
@@ -296,10 +297,14 @@ class _Chain:
 
     @classmethod
     def grow(cls, sample: _Sample, lens: _Lens, *, num_levels: int, num_centroids: int, seed: int, borders: Sequence[int] | None = None) -> _Chain:
-        """Each level by k-means on what the levels before it leave of the rows that have a code of it: all, without `borders`."""
+        """Each level by k-means on what the levels before it leave of the rows that have a code of it.
+
+        Without `borders` these are all rows, and there are no more levels than leave anything.
+        """
         generator = torch.Generator().manual_seed(seed)
         mean = sample.weights @ sample.points / sample.weights.sum()
         chain, rest = cls(mean, [], []), sample.points - mean
+        start = float(sample.weights @ rest.square().sum(1))
         for level in range(num_levels):
             limit = len(rest) if borders is None else int(torch.searchsorted(sample.ranks, borders[level]))
             words = torch.zeros(num_centroids, len(mean))
@@ -309,6 +314,8 @@ class _Chain:
             chain.books.append(_Book.round(words, lens))
             chain.codes.append(nearest(rest[:limit], chain.books[-1].words))
             rest[:limit] -= chain.books[-1].words[chain.codes[-1]]
+            if borders is None and float(sample.weights @ rest.square().sum(1)) < _NO_ERROR * start:
+                break
         return chain
 
     def gains(self, sample: _Sample) -> Gains:
@@ -318,7 +325,7 @@ class _Chain:
             errors.append(rest.square().sum(1))
             rest = rest - book.words[codes]
         errors.append(rest.square().sum(1))
-        return Gains.measure(sample.ranks, torch.stack(errors, 1), sample.weights, sample.num_rows)
+        return Gains.measure(sample.ranks, torch.stack(errors, 1), sample.weights, sample.table_rows)
 
     def refine(self, sample: _Sample, lens: _Lens, borders: Sequence[int]) -> None:
         """Codes, all levels together, and the words of each level in turn fitted to what the others leave."""

@@ -34,12 +34,11 @@ class Gains:
         ends = torch.cat([ranks[1:], torch.tensor([num_rows])])
         return cls(ends, (weighted[:, :-1] - weighted[:, 1:]).T.cumsum(1), float(weighted[:, 0].sum()))
 
-    def borders(self, price: float, *, max_rows: int | None = None) -> list[int]:
+    def borders(self, price: float) -> list[int]:
         """The border of each level at which saving more costs more than it is worth.
 
         Args:
             price: Of a code.
-            max_rows: Codes of all levels together, at most; as many as pay if None.
         """
         borders: list[int] = []
         within = len(self.ends)
@@ -48,15 +47,18 @@ class Gains:
             best = int(worth.argmax()) if within else 0
             within = best + 1 if within and float(worth[best]) > 0 else 0
             borders.append(int(self.ends[within - 1]) if within else 0)
-        return borders if max_rows is None else _filled(borders, int(self.ends[-1]), max_rows)
+        return borders
 
     def left(self, borders: Sequence[int]) -> float:
         """The error that borders leave."""
         places = [int(torch.searchsorted(self.ends, border)) for border in borders if border]
         return self.error - sum(float(saved[min(place, len(saved) - 1)]) for saved, place in zip(self.saved, places, strict=False))
 
-    def spend(self, num_codes: int) -> list[int]:
-        """The borders with which a number of codes saves the most: the price at which they are just affordable, found by bisection."""
+    def spend(self, num_codes: int, *, num_levels: int) -> list[int]:
+        """The borders with which a number of codes saves the most: the price at which they are just affordable, found by bisection.
+
+        Codes for which there is no use go to rows and levels that are there all the same, up to `num_levels`.
+        """
         low, high = 0.0, max(float((self.saved[:, 0] / self.ends[0]).max()), float(self.saved.max())) + 1e-300
         for _ in range(60):
             price = (low + high) / 2
@@ -64,7 +66,8 @@ class Gains:
                 low = price
             else:
                 high = price
-        return self.borders(high, max_rows=num_codes)
+        borders = self.borders(high)
+        return _filled(borders + [0] * (num_levels - len(borders)), int(self.ends[-1]), num_codes)
 
 
 def even_borders(num_rows: int, num_levels: int, num_codes: int) -> list[int]:

@@ -84,7 +84,7 @@ def test_a_curve_foresees_the_error_of_a_fit_in_units_of_the_loss():
 def test_a_sample_of_the_rows_is_enough(monkeypatch):
     weight, counts, method = make_weight(30_000, 8), make_counts(30_000), VRQ(codes_per_1000_rows=1500, num_centroids=32)
     whole = method.build(30_000, 8).fit(weight, counts)
-    monkeypatch.setattr(vrq, "_MEASURED_ROWS", 3000)
+    monkeypatch.setattr(vrq, "_FIT_ROWS", 3000)
     part = method.build(30_000, 8).fit(weight, counts)
     assert not torch.equal(part.borders, whole.borders)
     importance = counts.float() ** 0.75
@@ -93,7 +93,7 @@ def test_a_sample_of_the_rows_is_enough(monkeypatch):
 
 def test_a_sample_weighs_as_the_rows_it_stands_for():
     weights = make_counts(500_000).float() ** 0.75
-    rows, found = vrq._mixed_sample(weights)
+    rows, found = vrq._mixed_sample(weights, 100_000)
     assert len(rows) < 140_000
     for first, last in [(0, 10), (10, 1000), (1000, 100_000), (100_000, 500_000)]:
         inside = (rows >= first) & (rows < last)
