@@ -6,6 +6,7 @@ import glob
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -61,21 +62,47 @@ def fit_budget(
     Raises:
         ValueError: Neither or both of nbytes and ratio, a pattern without a table, counts that do not fit, or a budget that cannot be met.
     """
-    chosen, groups = choose(model, method), table_groups(model)
-    full = sum(group_nbytes_full(group) for group in groups.values())
-    budget = _budget(full, nbytes, ratio)
-    row_counts = group_counts(groups, counts)
-    smallest = least_nbytes(model, method)
-    if smallest > budget:
-        raise ValueError(
-            f"The budget of {budget} bytes cannot be met: the smallest that {method} can do with these {len(groups)} tables is "
-            f"{smallest} bytes, a ratio of {full / smallest:.1f}."
-        )
-    row_sensitivities = group_sensitivities(groups, sensitivities)
-    options = [_options(path, group, chosen[path], row_counts.get(path), row_sensitivities.get(path)) for path, group in groups.items()]
-    picks = dict(zip(groups, spend(options, budget), strict=True))
-    owners = {path: first for first, group in groups.items() for path in group}
-    return {glob.escape(path): picks[owners[path]].method for path in tables(model)}
+    return Sizes(model, method, counts=counts, sensitivities=sensitivities).plan(nbytes=nbytes, ratio=ratio)
+
+
+class Sizes:
+    """What each table of a model can become, found once for budgets of several sizes; arguments and errors are those of `fit_budget`.
+
+    Attributes:
+        full: float32 bytes of all tables.
+        least: The fewest bytes that all tables together can have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method | Mapping[str, Method | None],
+        *,
+        counts: Mapping[str, Tensor] | None = None,
+        sensitivities: Mapping[str, Sensitivity] | None = None,
+    ) -> None:
+        self._method, self._chosen, self._groups = method, choose(model, method), table_groups(model)
+        self._counts, self._sensitivities = group_counts(self._groups, counts), group_sensitivities(self._groups, sensitivities)
+        self._owners = {path: first for first, group in self._groups.items() for path in group if path in tables(model)}
+        self.full = sum(group_nbytes_full(group) for group in self._groups.values())
+        self.least = least_nbytes(model, method)
+
+    def plan(self, *, nbytes: int | None = None, ratio: float | None = None) -> dict[str, Method | None]:
+        """What `fit_budget` gives for this budget."""
+        budget = _budget(self.full, nbytes, ratio)
+        if self.least > budget:
+            raise ValueError(
+                f"The budget of {budget} bytes cannot be met: the smallest that {self._method} can do with these {len(self._groups)} tables is "
+                f"{self.least} bytes, a ratio of {self.full / self.least:.1f}."
+            )
+        picks = dict(zip(self._groups, spend(self._options, budget), strict=True))
+        return {glob.escape(path): picks[first].method for path, first in self._owners.items()}
+
+    @cached_property
+    def _options(self) -> list[list[Option]]:
+        return [
+            _options(path, group, self._chosen[path], self._counts.get(path), self._sensitivities.get(path)) for path, group in self._groups.items()
+        ]
 
 
 def least_nbytes(model: nn.Module, method: Method | Mapping[str, Method | None]) -> int:

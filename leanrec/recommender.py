@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -124,7 +124,7 @@ def compress_tables(
     plan = parse(method) if isinstance(method, str) else {glob: None if text is None else parse(text) for glob, text in method.items()}
     counts = table_counts(recommender)
     methods = [plan] if isinstance(plan, Method) else list(plan.values())
-    sensitivities = _sensitivities(recommender, counts, seed=seed) if fit and any(chosen and chosen.uses_sensitivity for chosen in methods) else None
+    sensitivities = table_sensitivities(recommender, methods, seed=seed) if fit else None
     if ratio is not None or nbytes is not None:
         if not isinstance(plan, Method):
             raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
@@ -132,11 +132,13 @@ def compress_tables(
     recommender.model = compress(recommender.model, plan, counts=counts, sensitivities=sensitivities, fit=fit, seed=seed, progress=progress)
 
 
-def _sensitivities(recommender: Recommender, counts: Mapping[str, Tensor], *, seed: int) -> dict[str, Sensitivity]:
-    """Of the tables, measured on rows of the training split."""
+def table_sensitivities(recommender: Recommender, methods: Iterable[Method | None], *, seed: int) -> dict[str, Sensitivity] | None:
+    """Of all tables, measured on rows of the training split; None where no method uses them."""
+    if not any(method is not None and method.uses_sensitivity for method in methods):
+        return None
     loader = Loader(recommender.data, "train", recommender.schema, batch_size=SENSITIVITY_BATCH, seed=seed)
     features = (batch.features for batch in islice(loader.batches(), SENSITIVITY_BATCHES))
-    return measure_sensitivity(recommender.model, features, counts=counts, seed=seed)
+    return measure_sensitivity(recommender.model, features, counts=table_counts(recommender), seed=seed)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
@@ -17,10 +18,11 @@ from leanrec.methods.base import Table
 from leanrec.ops.metrics import auc, log_loss
 from leanrec.recommender import PREDICT_BATCH, Recommender, compress_tables, describe, open_run, predict
 from leanrec.report import Report, report
+from leanrec.search import Trial, smallest_ratio
 from leanrec.train import Progress, TrainSettings, train_recommender
 from leanrec.train.run import CHECKPOINT_FILE
 
-FITTED_FILE = "fitted.safetensors"
+FITTED_FILE, TRIALS_FILE = "fitted.safetensors", "trials.json"
 DENSE_BATCHES = 16  # of PREDICT_BATCH rows: a hundred and more rows for each output of the widest usual layer
 
 TUNING = TrainSettings(epochs=2, learning_rate=1e-4, evaluations_per_epoch=4, patience=4, keep_initial=True)
@@ -34,9 +36,11 @@ def compress_run(
     method: str | Mapping[str, str | None] = "VRQ()",
     ratio: float | None = None,
     nbytes: int | None = None,
+    max_auc_drop: float | None = None,
     dense_ratio: float | None = None,
     tuning: TrainSettings | None = TUNING,
     seed: int = 0,
+    on_trial: Callable[[Trial], None] | None = None,
     on_table: Callable[[str, int, int], None] | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
@@ -51,10 +55,12 @@ def compress_run(
         method: Text form of one method for all tables, or glob on the tables' paths -> text form; None leaves a table alone.
         ratio: Bytes of all tables before / after, reached by choosing the method's settings for each table; or
         nbytes: bytes of all tables after. With neither, the method is taken as it stands.
+        max_auc_drop: Or as small as the validation AUC, before any tuning, stays no more than this below that of `run`; see `smallest_ratio`.
         dense_ratio: Bytes of all linear layers before / after, by `compress_dense` on rows of the training split once the tables are
             compressed; None leaves the layers as they are.
         tuning: How to fine-tune with the click loss.
         seed: Source of the random draws of fit and tuning.
+        on_trial: Called with every size that the search for `max_auc_drop` tries.
         on_table: Called with (table, tables done, tables in all).
         on_step: Called after every step of tuning.
 
@@ -64,14 +70,20 @@ def compress_run(
     arguments = {"run": run, "method": method, "ratio": ratio, "nbytes": nbytes, "tuning": tuning and asdict(tuning), "seed": seed}
     if dense_ratio is not None:
         arguments["dense_ratio"] = dense_ratio
+    if max_auc_drop is not None:
+        arguments["max_auc_drop"] = max_auc_drop
+        _check_search(method, ratio, nbytes, max_auc_drop)
     if runs.is_finished(out, command="compress", settings=arguments):
         return runs.load(out)
     recommender = open_run(run)
     with runs.create(out, command="compress", settings=arguments, resumable=True) as current:
-        fitted = current.folder / FITTED_FILE
+        fitted, trials = current.folder / FITTED_FILE, current.folder / TRIALS_FILE
         if fitted.exists():
             recommender.model = storage.load(recommender.model, fitted)
         else:
+            if max_auc_drop is not None:
+                assert isinstance(method, str)
+                ratio = smallest_ratio(run, method, max_auc_drop=max_auc_drop, seed=seed, found=trials, on_trial=on_trial).ratio
             compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
             if dense_ratio is not None:
                 compress_layers(recommender, dense_ratio, seed=seed)
@@ -84,6 +96,9 @@ def compress_run(
             checkpoint.unlink()
         recommender.save(current.folder)
         fitted.unlink()
+        if max_auc_drop is not None:
+            current.results["trials"] = sorted(json.loads(trials.read_text()), key=lambda trial: trial["ratio"])
+            trials.unlink()
         current.results.update(
             recommender=describe(recommender),
             methods=methods_of(recommender),
@@ -92,6 +107,13 @@ def compress_run(
             **_quality(recommender, progress),
         )
     return runs.load(out)
+
+
+def _check_search(method: str | Mapping[str, str | None], ratio: float | None, nbytes: int | None, max_auc_drop: float) -> None:
+    if ratio is not None or nbytes is not None or not isinstance(method, str):
+        raise ValueError("max_auc_drop goes with one method for all tables, and with neither ratio nor nbytes: it looks for the ratio itself.")
+    if not 0 <= max_auc_drop < 0.5:
+        raise ValueError(f"max_auc_drop={max_auc_drop} must be at least 0 and below 0.5, such as 0.0005.")
 
 
 def size_report(recommender: Recommender) -> Report:

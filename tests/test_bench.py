@@ -144,7 +144,11 @@ def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to
     expected = {(toml.parent.name, cell.file_name) for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))}
     results = {(path.parent.name, path.name) for path in (folder / "results").glob("*/*.json")}
     assert results <= expected
-    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {*METHODS, "Smaller", "Dense"}
+    assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {
+        *METHODS,
+        "Smaller",
+        "Dense",
+    }
 
 
 def test_a_method_that_cannot_become_so_small_becomes_as_small_as_it_can(suite):

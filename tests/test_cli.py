@@ -257,16 +257,17 @@ def test_train_passes_every_option_on(passed):
 
 
 def test_compress_passes_every_option_on(passed):
-    line = "compress base --out run --method PQ() --ratio 4 --nbytes 5 --dense-ratio 3 --tune-epochs 6 --tune-learning-rate 0.7 --seed 8"
+    line = "compress base --out run --method PQ() --ratio 4 --nbytes 5 --max-auc-drop 0.01 --dense-ratio 3"
+    line += " --tune-epochs 6 --tune-learning-rate 0.7 --seed 8"
     run_folder, out, options = passed("leanrec.tune.compress_run", line)
     assert (run_folder, out) == (Path("base"), Path("run"))
     tuning = replace(TUNING, epochs=6, learning_rate=0.7)
-    assert options == {"method": "PQ()", "ratio": 4.0, "nbytes": 5, "dense_ratio": 3.0, "tuning": tuning, "seed": 8}
+    assert options == {"method": "PQ()", "ratio": 4.0, "nbytes": 5, "max_auc_drop": 0.01, "dense_ratio": 3.0, "tuning": tuning, "seed": 8}
 
 
 def test_compress_without_epochs_of_tuning_does_not_tune(passed):
     _, _, options = passed("leanrec.tune.compress_run", "compress base --out run --tune-epochs 0")
-    assert options == {"method": "VRQ()", "ratio": None, "nbytes": None, "dense_ratio": None, "tuning": None, "seed": 0}
+    assert options == {"method": "VRQ()", "ratio": None, "nbytes": None, "max_auc_drop": None, "dense_ratio": None, "tuning": None, "seed": 0}
 
 
 def test_evaluate_passes_every_option_on(passed):

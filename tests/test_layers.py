@@ -20,7 +20,7 @@ FLOORS = (
     {"embeddings", "compress", "move"},
     {"budget", "dense", "report", "sensitivity", "storage"},
     {"recommender", "train", "evaluate"},
-    {"export", "serve", "tune"},
+    {"export", "search", "serve", "tune"},
     {"bench", "demo"},
     {"__init__", "cli", "__main__"},
 )
@@ -34,6 +34,7 @@ NEIGHBOURS = {
     "storage": {"dense"},
     "train": {"recommender"},
     "evaluate": {"recommender"},
+    "tune": {"search"},
     "cli": {"__init__"},
     "__main__": {"cli"},
 }

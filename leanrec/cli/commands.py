@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from leanrec.cli.values import methods_from, settings_from, shape_from
 
 if TYPE_CHECKING:
     from leanrec.methods.base import Method
+    from leanrec.search import Trial
 
 # torch, polars and everything that needs them are imported inside the commands: help and mistakes are answered at once.
 
@@ -210,6 +212,7 @@ def train(
         "leanrec compress runs/base --method 'MEC(num_subspaces=4)' --out runs/mec",
         "leanrec compress runs/base --method 'PQ()' --nbytes 2000000 --tune-epochs 0 --out runs/pq",
         "leanrec compress runs/base --method '*.item=PQ(num_subspaces=8)' --method '*.user=Scalar(num_bits=4)' --out runs/mixed",
+        "leanrec compress runs/base --max-auc-drop 0.0005 --out runs/smallest",
         "leanrec compress runs/base --ratio 50 --dense-ratio 4 --out runs/smaller",
     )
 )
@@ -228,6 +231,10 @@ def compress(
         float | None, typer.Option(metavar="NUMBER", help="Make all tables together so many times smaller, by the method's settings.")
     ] = None,
     nbytes: Annotated[int | None, typer.Option(metavar="BYTES", help="Or give the bytes that all tables together may have.")] = None,
+    max_auc_drop: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Or make them as small as the validation AUC stays within so much, such as 0.0005: sizes are tried."),
+    ] = None,
     dense_ratio: Annotated[
         float | None, typer.Option(metavar="NUMBER", help="Make all linear layers together so many times smaller, by a low rank for each.")
     ] = None,
@@ -253,16 +260,37 @@ def compress(
             method=methods_from(method or ["VRQ()"]),
             ratio=ratio,
             nbytes=nbytes,
+            max_auc_drop=max_auc_drop,
             dense_ratio=dense_ratio,
             tuning=tuning,
             seed=seed,
+            on_trial=lambda trial: shown.line(_trial(trial, max_auc_drop)),
             on_table=lambda table, done, total: shown.work(f"table {table}", done, total),
             on_step=show_training(shown, lambda: Path(runs.load(run)["recommender"]["data"]), batch_size=TUNING.batch_size, epochs=tune_epochs),
         )
     typer.echo(size_report(open_run(out)))
+    if max_auc_drop is not None:
+        typer.echo(f"\n{_one_step_further(record['trials'], max_auc_drop)}")
     valid = record["valid"]
     typer.echo(f"\nvalidation AUC {valid['auc']:.5f} (before tuning {valid['auc_untuned']:.5f}), log loss {valid['logloss']:.5f}")
     typer.echo(f"written: {out}")
+
+
+def _trial(trial: Trial, max_auc_drop: float | None) -> str:
+    kept = max_auc_drop is not None and trial.auc_drop <= max_auc_drop
+    return f"ratio {trial.ratio:.1f}: validation AUC {trial.auc:.5f}, a drop of {trial.auc_drop:.5f}: {'within' if kept else 'beyond'} {max_auc_drop}"
+
+
+def _one_step_further(trials: Sequence[Mapping[str, float]], max_auc_drop: float) -> str:
+    """What the search ended between."""
+    kept = max((trial for trial in trials if trial["auc_drop"] <= max_auc_drop), key=lambda trial: trial["ratio"])
+    beyond = [trial for trial in trials if trial["ratio"] > kept["ratio"]]
+    if not beyond:
+        return f"ratio {kept['ratio']:.1f} drops {kept['auc_drop']:.5f} of the validation AUC; the method cannot make the tables smaller"
+    return (
+        f"ratio {kept['ratio']:.1f} drops {kept['auc_drop']:.5f} of the validation AUC; "
+        f"one step further, {beyond[0]['ratio']:.1f} would have dropped {beyond[0]['auc_drop']:.5f}"
+    )
 
 
 @app.command(
