@@ -39,10 +39,12 @@ def write_methods_page(folder: Path) -> Path:
 def methods_page(folder: Path) -> str:
     """What `METHODS.md` has to say."""
     results = [result for result in read_results(folder / "results" / SUITE) if result["run"]["ratio"] == RATIO]
+    # A method that was never measured has no place on a page of measurements.
+    measured = {result["run"]["family"] for suite in (folder / "results").iterdir() for result in read_results(suite)}
     logs = sorted({result["run"]["dataset"] for result in results})
     columns = ["method", "source", "knob", "takes", "ways", "look-up", *(f"AUC difference on {log}" for log in logs)]
     lines = [HEADER, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, kind in METHODS.items():
+    for name, kind in ((name, METHODS[name]) for name in METHODS if name in measured):
         own = [result for result in results if result["run"]["family"] == name and result["run"]["method"] == repr(kind())]
         cells = [f"`{name}`", _source(kind), f"`{kind.knob}`", _takes(kind()), _ways(kind), _speed(own), *(_reached(own, log) for log in logs)]
         lines.append(f"| {' | '.join(cells)} |")

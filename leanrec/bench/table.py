@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from leanrec.bench.experiment import DENSE, FULL, SMALLER
+from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
 from leanrec.bench.run import read_results
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
@@ -26,7 +26,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
 - **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **look-ups**: ids that the
   tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process. Settings are chosen on validation
-  data; the test split is read once per run.
+  data; the test split is read once per run. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in 8 or 4 bits, rare rows
+  dropped) of the same log and seed whose AUC is as high: what the method has to beat. none: no plain model is as good.
 """
 
 
@@ -78,6 +79,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
         "fit (s)",
         "tune (s)",
         "look-ups",
+        "plain (bytes)",
     ]
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     groups = sorted(grouped(results, _method_key), key=lambda group: (_order(group[0]), -mean(group, "size", "tables")))
@@ -110,8 +112,18 @@ def _row(results: Sequence[Result], *, num_seeds: int) -> str:
         f"{mean(results, 'seconds', 'fit'):.1f}",
         f"{mean(results, 'seconds', 'tune'):.1f}",
         _speed(results),
+        _opponent(results),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _opponent(results: Sequence[Result]) -> str:
+    """Mean bytes of the smallest plain tables that are as good; of a plain model itself, nothing."""
+    if results[0]["run"]["family"] in PLAIN or results[0]["run"].get("dense_ratio"):
+        return ""
+    sizes = [result["size"]["opponent"] for result in results]
+    known = [size for size in sizes if size is not None]
+    return f"{fmean(known):,.0f}" + (f" in {len(known)} of {len(sizes)}" if len(known) < len(sizes) else "") if known else "none"
 
 
 def _speed(results: Sequence[Result]) -> str:

@@ -113,7 +113,7 @@ class Spread:
     def share_beyond(self, num_rows: int) -> float:
         """Share of the look-ups that ask for other rows than the `num_rows` most popular."""
         if num_rows not in self._shares_beyond:
-            self._shares_beyond[num_rows] = float(self.shares[num_rows:].sum(dtype=torch.float64))
+            self._shares_beyond[num_rows] = min(1.0, float(self.shares[num_rows:].sum(dtype=torch.float64)))
         return self._shares_beyond[num_rows]
 
     def spectra(self, num_parts: int) -> list[list[float]]:
