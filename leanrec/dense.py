@@ -104,6 +104,14 @@ def compress_dense(
     return put(model, {path: _factored(candidates[path], outputs[path], chosen) for path, chosen in ranks.items() if chosen is not None})
 
 
+def check_dense_ratio(model: nn.Module, ratio: float) -> None:
+    """Raise the ValueError that `compress_dense` would for this ratio of all linear layers, before any work is done."""
+    matching = _matching(model, ["*"])
+    candidates = _candidates(matching, 1)
+    _check(model, candidates)
+    _check_ratio(matching, candidates, ratio)
+
+
 def factored_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The layers that `compress_dense` made: path -> module."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LowRankLinear)}

@@ -12,7 +12,7 @@ from typing import Any
 from leanrec import runs, storage
 from leanrec.data.loader import Loader
 from leanrec.data.vocabulary import vocabulary_nbytes
-from leanrec.dense import compress_dense, factored_layers
+from leanrec.dense import check_dense_ratio, compress_dense, factored_layers
 from leanrec.embeddings import tables, unpooled
 from leanrec.methods.base import Table
 from leanrec.ops.metrics import auc, log_loss
@@ -76,6 +76,8 @@ def compress_run(
     if runs.is_finished(out, command="compress", settings=arguments):
         return runs.load(out)
     recommender = open_run(run)
+    if dense_ratio is not None:
+        check_dense_ratio(recommender.model, dense_ratio)
     with runs.create(out, command="compress", settings=arguments, resumable=True) as current:
         fitted, trials = current.folder / FITTED_FILE, current.folder / TRIALS_FILE
         if fitted.exists():

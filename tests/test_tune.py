@@ -140,3 +140,10 @@ def test_runs_of_different_logs_cannot_be_compared(small_log, base, tmp_path):
             (copied / path.name).write_bytes(text.replace(str(small_log).encode(), b"/elsewhere") if path.name == "run.json" else text)
     with pytest.raises(ValueError, match="can be compared only within one prepared log"):
         evaluate_run(base, against=copied)
+
+
+def test_a_ratio_of_the_linear_layers_out_of_reach_is_said_before_anything_is_fitted(base, tmp_path):
+    seen = []
+    with pytest.raises(ValueError, match=r"ratio=500 cannot be met"):
+        compress_run(base, tmp_path / "small", method="Scalar()", dense_ratio=500, on_table=lambda *state: seen.append(state))
+    assert seen == [] and not list(tmp_path.iterdir())
