@@ -11,7 +11,7 @@ import torch
 
 from leanrec.bench.run import read_results
 from leanrec.bench.table import Result, difference, grouped, mean
-from leanrec.methods import METHODS, Method, Table
+from leanrec.methods import METHODS, Method, Table, parse
 
 SUITE = "field"
 RATIO = 50
@@ -45,7 +45,7 @@ def methods_page(folder: Path) -> str:
     columns = ["method", "source", "knob", "takes", "ways", "look-up", *(f"AUC difference on {log}" for log in logs)]
     lines = [HEADER, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, kind in ((name, METHODS[name]) for name in METHODS if name in measured):
-        own = [result for result in results if result["run"]["family"] == name and result["run"]["method"] == repr(kind())]
+        own = [result for result in results if result["run"]["family"] == name and parse(result["run"]["method"]) == kind()]
         cells = [f"`{name}`", _source(kind), f"`{kind.knob}`", _takes(kind()), _ways(kind), _speed(own), *(_reached(own, log) for log in logs)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -31,8 +31,6 @@ class Method(ABC):
     """The integer field that trades size for quality: size never falls as it grows."""
     gaps: ClassVar[Mapping[str, str]] = {}
     """Ways of use, "fit" after training or "scratch" from its first step on, that the method does not have -> why."""
-    uses_sensitivity: ClassVar[bool] = False
-    """Whether a fit gains from knowing how much the loss depends on each row: see `Table.weigh`."""
 
     @abstractmethod
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
@@ -57,6 +55,11 @@ class Method(ABC):
     def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
         """The settings among which a budget chooses for a table of this shape; here, one per value of the knob."""
         return [self.with_knob(value) for value in self.knob_values(num_embeddings, embedding_dim)]
+
+    @property
+    def uses_sensitivity(self) -> bool:
+        """Whether a fit gains from knowing how much the loss depends on each row: see `Table.weigh`."""
+        return False
 
     def with_knob(self, value: int) -> Self:
         """The same settings with another value of the knob."""

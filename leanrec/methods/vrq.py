@@ -48,24 +48,30 @@ class VRQ(Method):
     one level after the other, so that a level makes up for the rounding of those before. And where the sensitivity of the table is known
     (`leanrec.measure_sensitivity`, which `leanrec compress` calls), the error that is made small is the expected rise of the loss, not the
     squared distance: rows weigh by their share in the Fisher information, and directions by its metric. Code words live in the table's own
-    space, so the metric costs no byte. Without sensitivity a row weighs as a power of its count. `docs/vrq.md` has the derivation.
+    space, so the metric costs no byte. Without sensitivity, or with `by_loss=False`, a row weighs as a power of its count.
+    `docs/vrq.md` has the derivation.
 
     Attributes:
         codes_per_1000_rows: Codes stored, of all levels together, for a thousand rows: 4000 are four per row on average.
         num_levels: L, the most codes of one row, 1 to 32.
         num_centroids: K of each level, 2 to 65536; a table of fewer rows has one centroid per row.
+        by_loss: Whether to make the expected rise of the loss small, where the sensitivity is known; else, the distance.
         sorted_rows: Whether rows stand in falling order of popularity, as `leanrec prepare` numbers ids; if not, the order is stored.
         weight_power: Without sensitivity, a row counts as count ** weight_power in the fit.
     """
 
     gaps: ClassVar[Mapping[str, str]] = PQ.gaps
-    uses_sensitivity: ClassVar[bool] = True
     knob: ClassVar[str] = "codes_per_1000_rows"
     codes_per_1000_rows: int = 4000
     num_levels: int = 8
     num_centroids: int = 64
+    by_loss: bool = True
     sorted_rows: bool = True
     weight_power: float = 0.75
+
+    @property
+    def uses_sensitivity(self) -> bool:
+        return self.by_loss
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return sorted({round(1000 * self.num_levels * 2**-halvings) for halvings in range(6)})
@@ -107,7 +113,7 @@ class VRQ(Method):
         self, chunks: Iterable[Tensor], num_embeddings: int, embedding_dim: int, *, counts: Tensor | None, sensitivity: Sensitivity | None
     ) -> list[tuple[Method, float]]:
         """Measured on a fit of a sample of the rows for each number of centroids, with as many levels and codes as pay at each of many prices."""
-        lens = _Lens.choose(sensitivity, counts, num_embeddings, embedding_dim, self.weight_power)
+        lens = _Lens.choose(sensitivity if self.by_loss else None, counts, num_embeddings, embedding_dim, self.weight_power)
         order = RowOrder(num_embeddings, sorted_rows=self.sorted_rows)
         order.fit(counts)
         sample = _Sample.draw(chunks, order, lens, num_rows=_CURVE_ROWS)
@@ -150,7 +156,7 @@ class VRQTable(Table):
         self.register_buffer("scales", torch.full((num_words, 1), 0.01, dtype=torch.float16))
 
     def weigh(self, sensitivity: Sensitivity) -> None:
-        self.sensitivity = sensitivity
+        self.sensitivity = sensitivity if self.method.by_loss else None
 
     @torch.no_grad()
     def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:

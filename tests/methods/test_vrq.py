@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,6 +69,9 @@ def test_sensitivity_makes_the_expected_rise_of_the_loss_small_not_the_distance(
     weighed.weigh(sensitivity)
     plain_errors, weighed_errors = (table.fit(weight, counts).decode().detach() - weight for table in (plain, weighed))
     assert expected_rise(sensitivity, weighed_errors) < 0.3 * expected_rise(sensitivity, plain_errors)
+    blind = replace(method, by_loss=False).build(2000, 16)
+    blind.weigh(sensitivity)
+    assert torch.equal(blind.fit(weight, counts).decode().detach() - weight, plain_errors)
     assert weighted_error(plain_errors, 0, counts**0.75) < weighted_error(weighed_errors, 0, counts**0.75)
 
 
