@@ -186,7 +186,7 @@ def _experiment_key(result: Result) -> tuple[str, str]:
 
 def _method_key(result: Result) -> tuple[str, bool, float, float, int]:
     return (
-        result["run"]["method"],
+        parse(result["run"]["method"]).short(),  # two texts of one method, with and without an argument that came later, are one
         _scratch(result),
         result["run"]["ratio"] or 0.0,
         result["run"].get("dense_ratio") or 0.0,
