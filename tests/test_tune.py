@@ -9,7 +9,7 @@ from leanrec.evaluate import evaluate_run
 from leanrec.methods import PQ
 from leanrec.recommender import compress_tables, open_run, table_counts
 from leanrec.report import report
-from leanrec.train import TrainSettings, train_run
+from leanrec.train import TrainSettings, state, train_run
 from leanrec.tune import TUNING, compress_run
 
 MODEL = {"embedding_dim": 8, "hidden_units": [16]}
@@ -35,8 +35,9 @@ def test_a_compressed_run_opens_with_its_tables_and_keeps_its_record(base, tmp_p
 
 def test_tuning_keeps_the_best_of_the_untuned_and_the_tuned(base, tmp_path):
     record = compress_run(base, tmp_path / "tuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=SHORT)
-    history = [entry["auc"] for entry in record["tuning"]["history"]]
-    assert record["valid"]["auc"] == max(history)
+    entries = record["tuning"]["history"]
+    history = [entry["auc"] for entry in entries]
+    assert record["valid"]["auc"] == max(entry["auc"] for entry in entries if entry["logloss"] <= entries[0]["logloss"])
     assert record["valid"]["auc_untuned"] == history[0]
     untuned = compress_run(base, tmp_path / "untuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=None)
     assert untuned["valid"]["auc"] == pytest.approx(history[0], abs=1e-12)
@@ -147,3 +148,13 @@ def test_a_ratio_of_the_linear_layers_out_of_reach_is_said_before_anything_is_fi
     with pytest.raises(ValueError, match=r"ratio=500 cannot be met"):
         compress_run(base, tmp_path / "small", method="Scalar()", dense_ratio=500, on_table=lambda *state: seen.append(state))
     assert seen == [] and not list(tmp_path.iterdir())
+
+
+def test_a_higher_auc_at_the_cost_of_log_loss_is_not_taken(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "log_loss", lambda labels, logits: next(losses))
+    monkeypatch.setattr(state, "auc", lambda labels, logits: next(aucs))
+    losses, aucs = iter([0.5, 0.6, 0.4]), iter([0.7, 0.9, 0.8])
+    record = compress_run(base, tmp_path / "small", method="Scalar()", tuning=SHORT)
+    assert [entry["auc"] for entry in record["tuning"]["history"]] == [0.7, 0.9, 0.8]
+    last = compress_run(base, tmp_path / "free", method="Scalar()", tuning=None)
+    assert record["valid"]["auc"] != last["valid"]["auc"]  # the third, not the first

@@ -42,20 +42,25 @@ class State:
         self.best: dict[str, Tensor] = {}
 
     def evaluate(self, validation: Loader) -> None:
-        """Take the validation AUC; remember the weights if it is the best so far."""
+        """Take the validation AUC; remember the weights if it is the best so far, and tuning did not raise the log loss for it."""
         progress = self.progress
         labels, logits = predict(self.model, validation)
         value = auc(labels, logits)
         loss = progress.loss_sum / max(progress.loss_steps, 1)
         progress.history.append({"epoch": progress.epoch, "step": progress.step, "loss": loss, "auc": value, "logloss": log_loss(labels, logits)})
         progress.loss_sum, progress.loss_steps = 0.0, 0
-        if value > progress.best_auc:
+        if value > progress.best_auc and not self._costs_log_loss():
             progress.best_auc, progress.failures = value, 0
             self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             return
         progress.failures += 1
         for group in self.optimizer.param_groups:
             group["lr"] *= self.settings.learning_rate_decay
+
+    def _costs_log_loss(self) -> bool:
+        """Whether the log loss is higher than before the first step, where that was a candidate: a better ranking must not be paid so."""
+        first, last = self.progress.history[0], self.progress.history[-1]
+        return self.settings.keep_initial and last["logloss"] > first["logloss"]
 
     def save(self, path: Path) -> None:
         """Write the checkpoint: at once and whole, no pickle."""
