@@ -129,7 +129,7 @@ class VRQ(Method):
 
 
 class VRQTable(Table):
-    """`mean`: (D,) float32, trainable. The rest is frozen: `packed_codes`: (ceil(C * bits / 8),) uint8, level by level, C codes in all;
+    """`mean`: (D,) float32, trainable. The rest is frozen: `packed_codes`: (ceil(C * bits / 8),) uint8, rank by rank, C codes in all;
     `borders`: (L,) int64, rows that have a code of each level; `packed_words`: (ceil(L * K * D / 2),) uint8 and `scales`: (L K, 1) float16.
 
     Built without a fit, codes and code words are random.
@@ -173,9 +173,7 @@ class VRQTable(Table):
         return self
 
     def lookup(self, ids: Tensor) -> Tensor:
-        ranks, starts = self.order(ids).unsqueeze(1), self.borders.cumsum(0) - self.borders
-        present = ranks < self.borders  # (N, L)
-        places = torch.where(present, starts + ranks, 0)
+        places, present = self._places(self.order(ids))
         codes = unpack_rows(self.packed_codes, places.flatten(), 1, self.num_bits).view_as(places)
         first_words = torch.arange(0, len(self.scales), self.num_centroids, device=ids.device)
         words = self._words((codes + first_words).flatten()).view(*places.shape, self.embedding_dim)
@@ -185,6 +183,14 @@ class VRQTable(Table):
         """Codes of each row: (V,) int64."""
         return (self.order(torch.arange(self.num_embeddings)).unsqueeze(1) < self.borders).sum(1)
 
+    def _places(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the codes of rows of some ranks, (N,) int64, stand among all, (N, L) int64, 0 where there is none, and where there is one."""
+        ranks = ranks.unsqueeze(1)
+        present = ranks < self.borders
+        # All rows before it have min(rank, border) codes of a level.
+        starts = torch.minimum(ranks, self.borders).sum(1, keepdim=True)
+        return (starts + torch.arange(len(self.borders), device=ranks.device)).masked_fill(~present, 0), present
+
     def _words(self, numbers: Tensor) -> Tensor:
         """Code words by their numbers among those of all levels: (N,) int64 -> (N, D)."""
         levels = unpack_rows(self.packed_words, numbers, self.embedding_dim, WORD_BITS)
@@ -192,18 +198,16 @@ class VRQTable(Table):
 
     def _store(self, chain: _Chain, lens: _Lens, weight: Tensor, borders: Sequence[int]) -> None:
         """Give every row its codes and keep them with the code words."""
+        self.borders.copy_(torch.tensor(borders))
         codes = torch.zeros(sum(borders), 1, dtype=torch.int32)
-        starts = [sum(borders[:level]) for level in range(len(borders))]
         first = 0
         for chunk in (rows for _, rows in self.row_chunks(weight)):
-            ranks = self.order(torch.arange(first, first + len(chunk), device=self.borders.device)).cpu()
-            found = chain.encode(chunk.cpu() @ lens.whiten, ranks, borders, search=_LAST_SEARCH)
-            for level, border in enumerate(borders):
-                has = ranks < border
-                codes[starts[level] + ranks[has], 0] = found[has, level].int()
+            ranks = self.order(torch.arange(first, first + len(chunk), device=self.borders.device))
+            places, present = (part.cpu() for part in self._places(ranks))
+            found = chain.encode(chunk.cpu() @ lens.whiten, ranks.cpu(), borders, search=_LAST_SEARCH)
+            codes[places[present], 0] = found[present].int()
             first += len(chunk)
         self.packed_codes.copy_(pack(codes, self.num_bits))
-        self.borders.copy_(torch.tensor(borders))
         self.packed_words.copy_(pack(torch.cat([book.levels for book in chain.books]), WORD_BITS))
         self.scales.copy_(torch.cat([book.scales for book in chain.books]))
         self.mean.copy_(chain.mean @ lens.color)
