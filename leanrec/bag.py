@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanrec.methods.base import Table
+from leanrec.ops import fused
 
 MODES = ("sum", "mean", "max")
 
@@ -16,7 +17,8 @@ MODES = ("sum", "mean", "max")
 class TableBag(nn.Module):
     """Pooled rows of a compressed table, drop-in for `nn.EmbeddingBag`.
 
-    The rows that a batch needs are looked up in the table and pooled by torch's own kernel, so bags, offsets and errors are torch's.
+    The rows that a batch needs are looked up in the table and pooled by torch's own kernel, so bags, offsets and errors are torch's. Without a
+    gradient, the look-up kernel pools while it reads, where it knows the table.
 
     Attributes:
         table: The table, which other modules may share.
@@ -51,6 +53,9 @@ class TableBag(nn.Module):
             IndexError: An id outside the table.
             ValueError: Shapes that do not go together, as in torch.
         """
+        pooled = self._pool_at_once(input, offsets, per_sample_weights)
+        if pooled is not None:
+            return pooled
         rows = self.table(input.reshape(-1))
         positions = torch.arange(input.numel(), dtype=input.dtype, device=input.device).reshape(input.shape)
         pool = partial(F.embedding_bag, positions, offsets=offsets, include_last_offset=self.include_last_offset, mode=self.mode)
@@ -66,6 +71,37 @@ class TableBag(nn.Module):
             share = pool(counts.float())  # of each bag's ids that count: (B, 1)
             return (pooled / share.masked_fill(share == 0, 1.0)).to(pooled.dtype)
         return pooled
+
+    def _pool_at_once(self, input: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor | None:
+        """As `forward` by the look-up kernel; None where it cannot, or the call is one that torch will refuse."""
+        coded = self.table.coded()
+        if (
+            coded is None
+            or not fused.takes(coded, input)
+            or torch.compiler.is_compiling()
+            or self.mode == "max"
+            or self.table.padding_idx is not None
+        ):
+            return None
+        if torch.is_grad_enabled() and (coded.tensors[0].requires_grad or (weights is not None and weights.requires_grad)):
+            return None
+        if weights is not None and (self.mode != "sum" or weights.shape != input.shape or weights.dtype != torch.float32):
+            return None
+        if input.dtype not in (torch.int32, torch.int64) or (input.dim() == 2) != (offsets is None) or input.dim() not in (1, 2):
+            return None
+        if offsets is None:
+            offsets = torch.arange(len(input) + 1) * input.shape[1]
+        elif not self.include_last_offset:
+            offsets = torch.cat([offsets, offsets.new_tensor([len(input)])])
+        return fused.bags(
+            coded,
+            input,
+            offsets.long().contiguous(),
+            num_rows=self.num_embeddings,
+            padding=self.padding_idx,
+            mean=self.mode == "mean",
+            weights=None if weights is None else weights.contiguous(),
+        )
 
     @property
     def num_embeddings(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.order import RowOrder
+from leanrec.ops import fused
 from leanrec.ops.sensitivity import Sensitivity
 from leanrec.ops.spread import Spread
 
@@ -133,6 +134,10 @@ class Table(nn.Module, ABC):
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of the table: (N,) int64 in [0, V) -> (N, D)."""
 
+    def coded(self) -> fused.Coded | None:
+        """The table as the look-up kernel reads it, where it has a layout that the kernel knows and `lookup` answers the same; else None."""
+        return None
+
     def penalty(self) -> Tensor | float:
         """A term that training adds to its loss; 0 where the method has none."""
         return 0.0
@@ -170,7 +175,7 @@ class Table(nn.Module, ABC):
         """Called after training from scratch: the table takes its stored form, of the bytes announced, and answers as it did in evaluation."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows for ids of any shape: (...) int -> (..., D). Final: methods write `lookup`.
+        """Rows for ids of any shape: (...) int -> (..., D). Final: methods write `lookup`, and `coded` where the kernel can do the same.
 
         Raises:
             IndexError: An id outside [0, V) (checked on the CPU, outside compiled and exported code).
@@ -178,6 +183,9 @@ class Table(nn.Module, ABC):
         """
         if input.is_floating_point():
             raise ValueError(f"ids are {input.dtype}, which cannot tell large ids apart. Give integers, such as ids.long().")
+        coded = self.coded()
+        if coded is not None and fused.takes(coded, input):
+            return fused.rows(coded, input, num_rows=self.num_embeddings, padding=self.padding_idx)
         ids = input.reshape(-1).long()
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in torch.aminmax(ids))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanrec.methods.pq import PQ, PQTable
+from leanrec.ops import fused
 from leanrec.ops.kmeans import squared_distances
 
 REVIVE_STEPS = 50  # a code that no row took for so many steps starts again at a row
@@ -93,6 +94,9 @@ class DPQTable(PQTable):
         codes = self._choose(queries.detach(), ids)
         self.used[torch.arange(len(self.used), device=ids.device), codes] = True
         return self._learn_vq(queries, codes, ids) if self.keys is None else self._learn_sx(queries, self.keys, codes, ids)
+
+    def coded(self) -> fused.Coded | None:
+        return super().coded() if self.queries is None else None
 
     def penalty(self) -> Tensor | float:
         """For `vq`, the mean squared distance between the rows looked up since the last call and their centroids."""

@@ -126,6 +126,9 @@ class MGQETable(DPQTable):
         self.order.fit(counts)
         return super().fit(weight, counts)
 
+    def coded(self) -> None:
+        return None  # its groups have codes of different widths
+
     def set_codes(self, codes: Tensor, *, start: int = 0) -> None:
         codes = codes.to(self.packed_codes.device)
         ranks = self.order(torch.arange(start, start + len(codes), device=codes.device))

@@ -70,6 +70,9 @@ class OPQTable(PQTable):
     def lookup(self, ids: Tensor) -> Tensor:
         return super().lookup(ids) @ self.rotation
 
+    def coded(self) -> None:
+        return None  # the kernel knows no rotation
+
     def _split(self, rows: Tensor) -> list[Tensor]:
         """Parts of rows, rotated back: (N, D) -> M of (N, D / M)."""
         return super()._split(rows @ self.rotation.T.to(rows))

@@ -26,8 +26,9 @@ class RowOrder(nn.Module):
         super().__init__()
         self.num_embeddings = num_embeddings
         self.sorted_rows = sorted_rows
+        self.num_bits = _rank_bits(num_embeddings)
         if not sorted_rows:
-            self.register_buffer("packed_ranks", pack(torch.arange(num_embeddings).unsqueeze(1), _rank_bits(num_embeddings)))
+            self.register_buffer("packed_ranks", pack(torch.arange(num_embeddings).unsqueeze(1), self.num_bits))
 
     def fit(self, counts: Tensor | None) -> None:
         """Take the order from counts, (V,) int; None leaves the rows in the order they have.
@@ -42,13 +43,13 @@ class RowOrder(nn.Module):
             return
         ranks = torch.empty(self.num_embeddings, dtype=torch.int64)
         ranks[counts.cpu().argsort(descending=True, stable=True)] = torch.arange(self.num_embeddings)
-        self.packed_ranks.copy_(pack(ranks.unsqueeze(1), _rank_bits(self.num_embeddings)))
+        self.packed_ranks.copy_(pack(ranks.unsqueeze(1), self.num_bits))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ranks of ids: (N,) int64 -> (N,) int64."""
         if self.sorted_rows:
             return ids
-        return unpack_rows(self.packed_ranks, ids, 1, _rank_bits(self.num_embeddings)).squeeze(1)
+        return unpack_rows(self.packed_ranks, ids, 1, self.num_bits).squeeze(1)
 
     def row_ids(self) -> Tensor:
         """The inverse: the row of each rank, (V,) int64."""

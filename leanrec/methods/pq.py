@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.base import Method, Table, row_weights
+from leanrec.ops import fused
 from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
 from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
 from leanrec.ops.spread import Spread, coded_variance
@@ -96,6 +97,9 @@ class PQTable(Table):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self._words(self._codes(ids))
+
+    def coded(self) -> fused.Coded | None:
+        return fused.concat(self.packed_codes, self.codebooks, self.num_bits)
 
     def codes(self) -> Tensor:
         """The centroid of each part of each row: (V, M) int64."""

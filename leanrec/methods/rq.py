@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from leanrec.methods.base import Method, Table, row_weights
 from leanrec.methods.pq import PQ, centroid_choices, code_bits, coding_error, used_centroids
+from leanrec.ops import fused
 from leanrec.ops.additive import improve_codes, level_means, residual_codebooks, sum_words, update_codebooks
 from leanrec.ops.kmeans import sample_rows
 from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
@@ -96,6 +97,9 @@ class RQTable(Table):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return sum_words(self._codes(ids), self.codebooks)
+
+    def coded(self) -> fused.Coded | None:
+        return fused.sums(self.packed_codes, self.codebooks, self.num_bits)
 
     def codes(self) -> Tensor:
         """The centroid of each level of each row: (V, L) int64."""

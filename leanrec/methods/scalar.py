@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from leanrec.methods.base import Method, Table
+from leanrec.ops import fused
 from leanrec.ops.packing import pack_rows_, packed_nbytes, unpack_rows
 from leanrec.ops.rounding import dequantize, largest_magnitudes, least_squares_scales, quantize
 from leanrec.ops.spread import Spread
@@ -94,6 +95,11 @@ class ScalarTable(Table):
         if scales.shape[1] > 1:
             scales = scales.repeat_interleave(self.columns, dim=1)[:, : self.embedding_dim]
         return dequantize(codes, scales, self.method.num_bits)
+
+    def coded(self) -> fused.Coded | None:
+        if self.row_dtype.dtype != torch.float32:
+            return None
+        return fused.scaled(self.packed_codes, self.scales, self.method.num_bits, group_size=self.columns, width=self.embedding_dim)
 
     def _choose_scales(self, group: Tensor) -> Tensor:
         return largest_magnitudes(group) if self.method.num_bits == 8 else least_squares_scales(group, self.method.num_bits)

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from leanrec.methods.base import Method, Table, row_weights
 from leanrec.methods.order import RowOrder, order_nbytes
 from leanrec.methods.pq import PQ, code_bits, parts_error, used_centroids
+from leanrec.ops import fused
 from leanrec.ops.additive import beam_search
 from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
 from leanrec.ops.levels import Gains, even_borders
@@ -178,6 +179,19 @@ class VRQTable(Table):
         first_words = torch.arange(0, len(self.scales), self.num_centroids, device=ids.device)
         words = self._words((codes + first_words).flatten()).view(*places.shape, self.embedding_dim)
         return self.mean + (words * present.unsqueeze(2)).sum(1)
+
+    def coded(self) -> fused.Coded | None:
+        ranks = None if self.order.sorted_rows else self.order.packed_ranks
+        return fused.levels(
+            self.packed_codes,
+            self.num_bits,
+            mean=self.mean,
+            borders=self.borders,
+            packed_words=self.packed_words,
+            scales=self.scales,
+            packed_ranks=ranks,
+            rank_bits=self.order.num_bits,
+        )
 
     def lengths(self) -> Tensor:
         """Codes of each row: (V,) int64."""

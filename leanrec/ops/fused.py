@@ -1,0 +1,286 @@
+"""Look-ups in coded tables at one go, by the C++ kernel (`kernel.cpp`), as torch operators that `torch.compile` and `torch.export` see through.
+
+The kernel works on float32 tables on a CPU. Where it was not built, or a table is somewhere else, tables are read by torch, by their `lookup`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_kernel: Any
+try:
+    _kernel = importlib.import_module("leanrec.ops._kernel")
+except ImportError:
+    _kernel = None
+
+_BAD_BORDERS, _BAD_OFFSETS = -2, -3  # what the kernel answers beside the place of an id out of range
+_enabled = True
+
+
+class Coded(NamedTuple):
+    """A table in a layout that the kernel reads.
+
+    Attributes:
+        layout: "concat", "sum", "levels" or "scaled".
+        tensors: What is read, the one with the values, and a gradient where there is one, first.
+        numbers: Sizes that the tensors do not tell.
+        width: D, columns of a row.
+    """
+
+    layout: str
+    tensors: list[Tensor]
+    numbers: list[int]
+    width: int
+
+
+def concat(packed_codes: Tensor, codebooks: Tensor, num_bits: int) -> Coded:
+    """Rows that are one word of each of M code books side by side: (bytes,) uint8 as `packing.pack` makes them, (M, K, D / M) float32."""
+    return Coded("concat", [codebooks, packed_codes], [num_bits], codebooks.shape[0] * codebooks.shape[2])
+
+
+def sums(packed_codes: Tensor, codebooks: Tensor, num_bits: int) -> Coded:
+    """Rows that are the sum of one word of each of L code books: (bytes,) uint8, (L, K, D) float32."""
+    return Coded("sum", [codebooks, packed_codes], [num_bits], codebooks.shape[2])
+
+
+def levels(
+    packed_codes: Tensor,
+    num_bits: int,
+    *,
+    mean: Tensor,
+    borders: Tensor,
+    packed_words: Tensor,
+    scales: Tensor,
+    packed_ranks: Tensor | None,
+    rank_bits: int,
+) -> Coded | None:
+    """Rows of falling length: a mean and a word of 4-bit values of each level that a row has; see `VRQTable` for the tensors.
+
+    None where D is odd, so that words begin within bytes.
+    """
+    if mean.shape[0] % 2:
+        return None
+    ranks = [] if packed_ranks is None else [packed_ranks]
+    return Coded("levels", [mean, packed_codes, borders, packed_words, scales, *ranks], [num_bits, rank_bits if ranks else 0], mean.shape[0])
+
+
+def scaled(packed_codes: Tensor, scales: Tensor, num_bits: int, *, group_size: int, width: int) -> Coded | None:
+    """Rows rounded to 8, 4 or 2 bits: (bytes,) uint8, (V, groups) float16; None where a row or a group begins within a byte."""
+    if (width * num_bits) % 8 or (group_size * num_bits) % 8:
+        return None
+    return Coded("scaled", [scales, packed_codes], [num_bits, group_size], width)
+
+
+def takes(coded: Coded, ids: Tensor) -> bool:
+    """Whether the kernel answers for these ids: it was built, and all is on a CPU in the precision that it knows."""
+    if _kernel is None:
+        _say_not_built()
+        return False
+    values = coded.tensors[0]
+    return _enabled and ids.is_cpu and values.is_cpu and values.dtype == (torch.float16 if coded.layout == "scaled" else torch.float32)
+
+
+def rows(coded: Coded, ids: Tensor, *, num_rows: int, padding: int | None) -> Tensor:
+    """Rows for ids of any shape: (...) int32 or int64 -> (..., D) float32, with a gradient for code books and mean.
+
+    Args:
+        coded: The table.
+        ids: On the CPU.
+        num_rows: V.
+        padding: The id for which zeros are answered.
+
+    Raises:
+        IndexError: An id outside [0, V).
+    """
+    skipped = -1 if padding is None else padding
+    if torch.compiler.is_compiling() or type(ids) is not Tensor or (coded.tensors[0].requires_grad and torch.is_grad_enabled()):
+        flat = _rows(ids.reshape(-1), coded.tensors, coded.numbers, coded.layout, coded.width, num_rows, skipped)
+        return flat.view(*ids.shape, coded.width)
+    return _read(ids, coded, num_rows, skipped)
+
+
+def bags(coded: Coded, ids: Tensor, offsets: Tensor, *, num_rows: int, padding: int | None, mean: bool, weights: Tensor | None = None) -> Tensor:
+    """Sums or means of the rows of bags, without a gradient: (N,) int, (B + 1,) int64 -> (B, D) float32.
+
+    Args:
+        coded: The table.
+        ids: Of all bags, one after the other.
+        offsets: Start of each bag, and N.
+        num_rows: V.
+        padding: The id that does not count in a bag.
+        mean: Whether to divide by the number of ids that count.
+        weights: (N,) float32, factor of each row.
+
+    Raises:
+        IndexError: An id outside [0, V).
+        ValueError: Offsets that fall or do not lie within the ids.
+    """
+    return _read(ids, coded, num_rows, -1 if padding is None else padding, offsets, weights, mean=mean)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Within it all tables are read by torch alone: for comparison, and for exported programs that must run without leanrec."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def _read(
+    ids: Tensor, coded: Coded, num_rows: int, padding: int, offsets: Tensor | None = None, weights: Tensor | None = None, *, mean: bool = False
+) -> Tensor:
+    if not ids.is_contiguous():
+        ids = ids.contiguous()
+    long_ids = ids.dtype == torch.int64
+    if not long_ids and ids.dtype != torch.int32:
+        ids, long_ids = ids.long(), True
+    if offsets is None:
+        out = torch.empty((*ids.shape, coded.width))
+        call = _kernel.call(
+            ids.data_ptr(), long_ids, ids.numel(), num_rows, padding, out.data_ptr(), coded.width, torch.get_num_threads(), 0, 0, 0, False
+        )
+    else:
+        out = torch.empty(len(offsets) - 1, coded.width)
+        places = 0 if weights is None else weights.data_ptr()
+        call = _kernel.call(
+            ids.data_ptr(),
+            long_ids,
+            ids.numel(),
+            num_rows,
+            padding,
+            out.data_ptr(),
+            coded.width,
+            torch.get_num_threads(),
+            offsets.data_ptr(),
+            len(offsets) - 1,
+            places,
+            mean,
+        )
+    bad = _CALLS[coded.layout](call, coded.tensors, coded.numbers)
+    if bad >= 0:
+        raise IndexError(f"id {int(ids.reshape(-1)[bad])} is outside the table's rows 0 to {num_rows - 1}.")
+    if bad == _BAD_BORDERS:
+        raise ValueError("the borders of the table's levels do not fit its codes: the file that it was loaded from is damaged.")
+    if bad == _BAD_OFFSETS:
+        raise ValueError(f"offsets of bags must begin at 0, never fall and end at {ids.numel()}, the number of ids, at most.")
+    return out
+
+
+def _call_books(name: str) -> Any:
+    def call(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+        codebooks, packed_codes = tensors
+        num_books, num_words, _ = codebooks.shape
+        if not codebooks.is_contiguous():
+            codebooks = codebooks.contiguous()
+        function = getattr(_kernel, name)
+        return function(call, packed_codes.data_ptr(), packed_codes.numel(), numbers[0], codebooks.data_ptr(), num_books, num_words)
+
+    return call
+
+
+def _call_levels(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+    mean, packed_codes, borders, packed_words, scales, *ranks = tensors
+    place, nbytes = (ranks[0].data_ptr(), ranks[0].numel()) if ranks else (0, 0)
+    return _kernel.levels(
+        call,
+        packed_codes.data_ptr(),
+        packed_codes.numel(),
+        numbers[0],
+        place,
+        nbytes,
+        numbers[1],
+        mean.data_ptr(),
+        borders.data_ptr(),
+        len(borders),
+        packed_words.data_ptr(),
+        scales.data_ptr(),
+        len(scales) // len(borders),
+    )
+
+
+def _call_scaled(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+    scales, packed_codes = tensors
+    return _kernel.scaled(call, packed_codes.data_ptr(), numbers[0], scales.data_ptr(), numbers[1], scales.shape[1])
+
+
+_CALLS = {"concat": _call_books("concat"), "sum": _call_books("sum"), "levels": _call_levels, "scaled": _call_scaled}
+
+
+@torch.library.custom_op("leanrec::rows", mutates_args=())
+def _rows(ids: Tensor, tensors: list[Tensor], numbers: list[int], layout: str, width: int, num_rows: int, padding: int) -> Tensor:
+    return _read(ids, Coded(layout, tensors, numbers, width), num_rows, padding)
+
+
+@_rows.register_fake
+def _(ids: Tensor, tensors: list[Tensor], numbers: list[int], layout: str, width: int, num_rows: int, padding: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], width), dtype=torch.float32)
+
+
+@torch.library.custom_op("leanrec::rows_gradient", mutates_args=())
+def _rows_gradient(grad: Tensor, ids: Tensor, tensors: list[Tensor], numbers: list[int], layout: str, padding: int) -> Tensor:
+    values, packed_codes = tensors[:2]
+    ids, grad = ids.long(), grad.contiguous()
+    if layout == "levels":
+        return grad.masked_fill((ids == padding).unsqueeze(1), 0.0).sum(0)
+    out = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    num_books, num_words, width = values.shape
+    _kernel.gradients(
+        ids.data_ptr(),
+        len(ids),
+        padding,
+        grad.data_ptr(),
+        grad.shape[1],
+        packed_codes.data_ptr(),
+        packed_codes.numel(),
+        numbers[0],
+        out.data_ptr(),
+        num_books,
+        num_words,
+        width,
+        layout == "concat",
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@_rows_gradient.register_fake
+def _(grad: Tensor, ids: Tensor, tensors: list[Tensor], numbers: list[int], layout: str, padding: int) -> Tensor:
+    return torch.empty_like(tensors[0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, tensors, ctx.numbers, ctx.layout, _, _, ctx.padding = inputs
+    ctx.save_for_backward(ids, *tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ids, *tensors = ctx.saved_tensors
+    first = _rows_gradient(grad, ids, tensors, ctx.numbers, ctx.layout, ctx.padding) if tensors[0].requires_grad else None
+    return None, [first, *[None] * (len(tensors) - 1)], None, None, None, None, None
+
+
+_rows.register_autograd(_backward, setup_context=_save)
+
+
+def _say_not_built() -> None:
+    global _said
+    if not _said and not torch.compiler.is_compiling():
+        _said = True
+        warnings.warn(
+            "leanrec's look-up kernel was not built, so compressed tables are read by torch, several times slower. "
+            "Install a C++ compiler and then leanrec again: pip install --force-reinstall --no-deps leanrec",
+            stacklevel=2,
+        )
+
+
+_said = False

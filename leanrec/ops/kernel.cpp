@@ -1,0 +1,422 @@
+// Look-ups in coded tables on a CPU: what leanrec/ops/fused.py calls.
+//
+// A table is read by a Reader, which knows where the codes of a row lie and what they stand for; one driver for all of them goes through
+// the ids, asks for the codes of a later id ahead of time, refuses ids out of range, pools bags and shares the work among threads.
+// Tensors come as addresses, so nothing here needs torch. N ids, V rows, D columns, K words of a code book.
+
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace nb = nanobind;
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FOR_EACH_CPU
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t kAhead = 16;               // ids between the one that is read and the one whose codes are asked for
+constexpr int64_t kValuesPerThread = 1 << 17;  // a thread costs some ten microseconds, in which another one writes so many values
+constexpr int64_t kMaxLevels = 32;
+constexpr int64_t kFine = -1, kBadBorders = -2, kBadOffsets = -3;  // beside the place of an id that is out of range
+
+// Codes of 1 to 32 bits in one stream, lowest bit first, as leanrec/ops/packing.py lays them out.
+struct Codes {
+    const uint8_t* bytes;
+    int64_t nbytes;
+    int64_t bits;
+
+    INLINE uint64_t at(int64_t index) const {
+        if (bits == 8) return bytes[index];
+        const int64_t first = index * bits;
+        const int64_t byte = first >> 3;
+        uint64_t read = 0;
+        if (byte + 8 <= nbytes) {
+            std::memcpy(&read, bytes + byte, 8);
+        } else if (byte < nbytes) {
+            std::memcpy(&read, bytes + byte, nbytes - byte);
+        }
+        return (read >> (first & 7)) & ((uint64_t{1} << bits) - 1);
+    }
+
+    INLINE void prefetch(int64_t index, int64_t count) const {
+        const uint8_t* first = bytes + (index * bits >> 3);
+        __builtin_prefetch(first);
+        __builtin_prefetch(bytes + std::min(nbytes - 1, ((index + count) * bits >> 3)));
+    }
+};
+
+INLINE float half_to_float(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023;
+    if (exponent == 0) {  // zero or subnormal: a multiple of 2^-24
+        const float value = float(fraction) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+// Eight columns at once, wherever they begin.
+using Eight = float __attribute__((vector_size(32), aligned(4), may_alias));
+
+INLINE Eight& eight(float* values) { return *reinterpret_cast<Eight*>(values); }
+INLINE const Eight& eight(const float* values) { return *reinterpret_cast<const Eight*>(values); }
+
+// out = or += factor * word.
+template <bool Add>
+INLINE void put(float* out, const float* word, float factor, int64_t width) {
+    int64_t column = 0;
+    for (; column + 8 <= width; column += 8) {
+        const Eight values = factor * eight(word + column);
+        eight(out + column) = Add ? eight(out + column) + values : values;
+    }
+    for (; column < width; ++column) out[column] = (Add ? out[column] : 0) + factor * word[column];
+}
+
+// out = or += factor * (the sum of some words), Tiles * 8 columns at a time, which stay in registers, from `column` on; returns where it ended.
+template <bool Add, int Tiles>
+INLINE int64_t put_sum(float* out, const float* const* words, int64_t num_words, float factor, int64_t column, int64_t width) {
+    for (; column + 8 * Tiles <= width; column += 8 * Tiles) {
+        Eight sums[Tiles] = {};
+        for (int64_t word = 0; word < num_words; ++word) {
+#pragma GCC unroll 8
+            for (int tile = 0; tile < Tiles; ++tile) sums[tile] += eight(words[word] + column + 8 * tile);
+        }
+#pragma GCC unroll 8
+        for (int tile = 0; tile < Tiles; ++tile) {
+            float* values = out + column + 8 * tile;
+            eight(values) = Add ? eight(values) + factor * sums[tile] : factor * sums[tile];
+        }
+    }
+    return column;
+}
+
+template <bool Add>
+INLINE void put_sum(float* out, const float* const* words, int64_t num_words, float factor, int64_t width) {
+    int64_t column = put_sum<Add, 8>(out, words, num_words, factor, 0, width);
+    column = put_sum<Add, 2>(out, words, num_words, factor, column, width);
+    for (; column < width; ++column) {
+        float sum = 0;
+        for (int64_t word = 0; word < num_words; ++word) sum += words[word][column];
+        out[column] = (Add ? out[column] : 0) + factor * sum;
+    }
+}
+
+// A row is one word of each of M code books side by side.
+struct Concat {
+    Codes codes;
+    const float* books;  // (M, K, width)
+    int64_t num_books, num_words, width;
+
+    INLINE void prefetch(int64_t row) const { codes.prefetch(row * num_books, num_books); }
+
+    template <bool Add>
+    INLINE void read(int64_t row, float factor, float* out) const {
+        for (int64_t book = 0; book < num_books; ++book) {
+            const int64_t code = std::min<int64_t>(codes.at(row * num_books + book), num_words - 1);
+            put<Add>(out + book * width, books + (book * num_words + code) * width, factor, width);
+        }
+    }
+};
+
+// A row is the sum of one word of each of L code books.
+struct Sum {
+    Codes codes;
+    const float* books;  // (L, K, D)
+    int64_t num_books, num_words, width;
+
+    INLINE void prefetch(int64_t row) const { codes.prefetch(row * num_books, num_books); }
+
+    template <bool Add>
+    INLINE void read(int64_t row, float factor, float* out) const {
+        const float* words[kMaxLevels];
+        for (int64_t book = 0; book < num_books; ++book) {
+            words[book] = books + (book * num_words + std::min<int64_t>(codes.at(row * num_books + book), num_words - 1)) * width;
+        }
+        put_sum<Add>(out, words, num_books, factor, width);
+    }
+};
+
+// A row is the mean and one word of each level that it has; words are rounded to 4 bits, with a scale each.
+struct Levels {
+    Codes codes;
+    Codes ranks;  // bits = 0: rows are in the order of their ranks
+    const float* mean;
+    const int64_t* borders;  // (L,), never rising: ranks below it have a code of the level
+    const uint8_t* packed;   // (L K, D / 2)
+    const uint16_t* scales;  // (L K,) float16
+    int64_t num_levels, num_words, width, num_rows;
+    int64_t before[kMaxLevels + 1] = {};  // rank * length + before[length] is the place of the first code
+    std::vector<int8_t> unpacked = {};    // (L K, D): the words in steps, where it pays to unpack them for one call
+    std::vector<float> steps = {};        // (L K,)
+
+    // Whether the borders are such as a table can have; what comes from a file may be anything.
+    bool prepare(int64_t num_reads) {
+        int64_t num_codes = 0;
+        for (int64_t level = num_levels; level-- > 0;) {
+            if (borders[level] < 0 || borders[level] > (level ? borders[level - 1] : num_rows)) return false;
+            num_codes = before[level] = before[level + 1] + borders[level];
+        }
+        if (num_codes * codes.bits > codes.nbytes * 8) return false;
+        if (num_reads > num_words) unpack();
+        return true;
+    }
+
+    void unpack();
+
+    INLINE int64_t rank(int64_t row) const { return ranks.bits ? std::min<int64_t>(ranks.at(row), num_rows - 1) : row; }
+
+    INLINE int64_t length(int64_t rank) const {
+        int64_t length = 0;
+        for (int64_t level = 0; level < num_levels; ++level) length += rank < borders[level];
+        return length;
+    }
+
+    INLINE void prefetch(int64_t row) const {
+        if (ranks.bits) return ranks.prefetch(row, 1);
+        const int64_t levels = length(row);
+        if (levels) codes.prefetch(row * levels + before[levels], levels);
+    }
+
+    template <bool Add>
+    INLINE void read(int64_t row, float factor, float* out) const {
+        const int64_t place = rank(row), levels = length(place), first = place * levels + before[levels];
+        put<Add>(out, mean, factor, width);
+        for (int64_t level = 0; level < levels; ++level) {
+            const int64_t word = level * num_words + std::min<int64_t>(codes.at(first + level), num_words - 1);
+            if (unpacked.empty()) {
+                add_packed(out, packed + word * (width / 2), half_to_float(scales[word]) / 15 * factor, width / 2);
+            } else {
+                add_unpacked(out, unpacked.data() + word * width, steps[word] * factor, width);
+            }
+        }
+    }
+
+    // The nibble q of a column stands for 2 q - 15 steps.
+    static INLINE void add_packed(float* __restrict out, const uint8_t* __restrict word, float step, int64_t num_pairs) {
+        for (int64_t pair = 0; pair < num_pairs; ++pair) {
+            out[2 * pair] += step * float(2 * int32_t(word[pair] & 15) - 15);
+            out[2 * pair + 1] += step * float(2 * int32_t(word[pair] >> 4) - 15);
+        }
+    }
+
+    static INLINE void add_unpacked(float* __restrict out, const int8_t* __restrict word, float step, int64_t width) {
+        int64_t column = 0;
+        for (; column + 32 <= width; column += 32) {  // a fixed number of columns is one stretch of vector code
+            for (int64_t part = column; part < column + 32; ++part) out[part] += step * float(word[part]);
+        }
+        for (; column < width; ++column) out[column] += step * float(word[column]);
+    }
+};
+
+void Levels::unpack() {
+    steps.resize(num_levels * num_words);
+    for (size_t word = 0; word < steps.size(); ++word) steps[word] = half_to_float(scales[word]) / 15;
+    unpacked.resize(steps.size() * width);
+    for (size_t pair = 0; pair < unpacked.size() / 2; ++pair) {
+        unpacked[2 * pair] = 2 * (packed[pair] & 15) - 15;
+        unpacked[2 * pair + 1] = 2 * (packed[pair] >> 4) - 15;
+    }
+}
+
+// A row is rounded to 8, 4 or 2 bits a value, with a scale for each group of columns.
+template <int Bits>
+struct Scaled {
+    const uint8_t* codes;    // (V, D Bits / 8)
+    const uint16_t* scales;  // (V, groups) float16
+    int64_t width, group, num_groups;
+
+    INLINE void prefetch(int64_t row) const {
+        const int64_t bytes = width * Bits / 8;
+        for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(codes + row * bytes + byte);
+        __builtin_prefetch(scales + row * num_groups);
+    }
+
+    template <bool Add>
+    INLINE void read(int64_t row, float factor, float* out) const {
+        constexpr int kPerByte = 8 / Bits, kLast = (1 << Bits) - 1;
+        const uint8_t* bytes = codes + row * (width / kPerByte);
+        for (int64_t number = 0; number < num_groups; ++number) {
+            const float step = half_to_float(scales[row * num_groups + number]) * factor / kLast;
+            const int64_t start = number * group, count = std::min(group, width - start) / kPerByte;
+            float* __restrict values = out + start;
+            const uint8_t* __restrict read = bytes + start / kPerByte;
+            for (int64_t byte = 0; byte < count; ++byte) {
+                for (int part = 0; part < kPerByte; ++part) {
+                    const float value = step * float(2 * int32_t(read[byte] >> (part * Bits) & kLast) - kLast);
+                    values[byte * kPerByte + part] = Add ? values[byte * kPerByte + part] + value : value;
+                }
+            }
+        }
+    }
+};
+
+// Ids and where their rows go. With offsets, the ids of bag b are those from offsets[b] to offsets[b + 1], and a row goes to each bag.
+struct Call {
+    uintptr_t ids;
+    bool long_ids;
+    int64_t num_ids, num_rows, padding;  // padding -1: none
+    uintptr_t offsets, weights;          // 0: no bags, no weights
+    int64_t num_bags;
+    bool mean;
+    uintptr_t out;
+    int64_t width, num_threads;
+};
+
+template <class Id, class Reader>
+INLINE int64_t read_rows(const Call& call, const Reader& reader, int64_t begin, int64_t end) {
+    const Id* ids = reinterpret_cast<const Id*>(call.ids);
+    float* out = reinterpret_cast<float*>(call.out);
+    for (int64_t place = begin; place < end; ++place) {
+        const int64_t id = ids[place];
+        if (uint64_t(id) >= uint64_t(call.num_rows)) return place;
+        if (place + kAhead < end && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) reader.prefetch(ids[place + kAhead]);
+        float* row = out + place * call.width;
+        if (id == call.padding) {
+            std::fill(row, row + call.width, 0.0f);
+        } else {
+            reader.template read<false>(id, 1.0f, row);
+        }
+    }
+    return kFine;
+}
+
+template <class Id, class Reader>
+INLINE int64_t read_bags(const Call& call, const Reader& reader, int64_t begin, int64_t end) {
+    const Id* ids = reinterpret_cast<const Id*>(call.ids);
+    const int64_t* offsets = reinterpret_cast<const int64_t*>(call.offsets);
+    const float* weights = reinterpret_cast<const float*>(call.weights);
+    const int64_t last = offsets[end];
+    for (int64_t bag = begin; bag < end; ++bag) {
+        float* row = reinterpret_cast<float*>(call.out) + bag * call.width;
+        std::fill(row, row + call.width, 0.0f);
+        int64_t counted = 0;
+        for (int64_t place = offsets[bag]; place < offsets[bag + 1]; ++place) {
+            const int64_t id = ids[place];
+            if (uint64_t(id) >= uint64_t(call.num_rows)) return place;
+            if (place + kAhead < last && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) reader.prefetch(ids[place + kAhead]);
+            if (id == call.padding) continue;
+            reader.template read<true>(id, weights ? weights[place] : 1.0f, row);
+            ++counted;
+        }
+        for (int64_t column = 0; call.mean && column < call.width; ++column) row[column] /= std::max<int64_t>(counted, 1);
+    }
+    return kFine;
+}
+
+// Whether bags lie one after the other within the ids.
+bool bags_fit(const Call& call) {
+    const int64_t* offsets = reinterpret_cast<const int64_t*>(call.offsets);
+    if (offsets[0] != 0 || offsets[call.num_bags] > call.num_ids) return false;
+    return std::is_sorted(offsets, offsets + call.num_bags + 1);
+}
+
+// Place of an id that is out of range, or kFine.
+template <class Reader>
+INLINE int64_t read_part(const Call& call, const Reader& reader, int64_t begin, int64_t end) {
+    if (call.offsets) return call.long_ids ? read_bags<int64_t>(call, reader, begin, end) : read_bags<int32_t>(call, reader, begin, end);
+    return call.long_ids ? read_rows<int64_t>(call, reader, begin, end) : read_rows<int32_t>(call, reader, begin, end);
+}
+
+// One instance for each instruction set; what is inlined into it is compiled for that set.
+FOR_EACH_CPU int64_t part(const Call& call, const Concat& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+FOR_EACH_CPU int64_t part(const Call& call, const Sum& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+FOR_EACH_CPU int64_t part(const Call& call, const Levels& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+FOR_EACH_CPU int64_t part(const Call& call, const Scaled<8>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+FOR_EACH_CPU int64_t part(const Call& call, const Scaled<4>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+FOR_EACH_CPU int64_t part(const Call& call, const Scaled<2>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+
+// Calls work(begin, end) for equal parts of [0, count), one a thread.
+template <class Work>
+void share(int64_t count, int64_t num_threads, const Work& work) {
+    std::vector<std::thread> threads;
+    for (int64_t thread = 1; thread < num_threads; ++thread) {
+        threads.emplace_back([&work, count, thread, num_threads] { work(count * thread / num_threads, count * (thread + 1) / num_threads); });
+    }
+    work(0, count / std::max<int64_t>(num_threads, 1));
+    for (std::thread& thread : threads) thread.join();
+}
+
+template <class Reader>
+int64_t run(const Call& call, const Reader& reader) {
+    if (call.offsets && !bags_fit(call)) return kBadOffsets;
+    const int64_t count = call.offsets ? call.num_bags : call.num_ids;
+    const int64_t useful = call.num_ids * call.width / kValuesPerThread;
+    std::atomic<int64_t> bad{kFine};
+    share(count, std::clamp<int64_t>(std::min(useful, count), 1, std::max<int64_t>(call.num_threads, 1)), [&](int64_t begin, int64_t end) {
+        const int64_t found = part(call, reader, begin, end);
+        if (found >= 0) bad = found;
+    });
+    return bad;
+}
+
+template <class Pointer>
+Pointer at(uintptr_t address) {
+    return reinterpret_cast<Pointer>(address);
+}
+
+// Gradients of code books: each gets the gradient of every row that has one of its words. Books are shared among threads.
+FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t padding, const float* grad, const Codes& codes, float* out, int64_t num_books,
+                                int64_t num_words, int64_t width, int64_t row_width, bool side_by_side, int64_t begin, int64_t end) {
+    for (int64_t place = 0; place < num_ids; ++place) {
+        if (ids[place] == padding) continue;
+        if (place + kAhead < num_ids) codes.prefetch(ids[place + kAhead] * num_books, num_books);
+        for (int64_t book = begin; book < end; ++book) {
+            const int64_t code = std::min<int64_t>(codes.at(ids[place] * num_books + book), num_words - 1);
+            put<true>(out + (book * num_words + code) * width, grad + place * row_width + (side_by_side ? book * width : 0), 1.0f, width);
+        }
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_kernel, m) {
+    nb::class_<Call>(m, "Call");
+    m.def("call", [](uintptr_t ids, bool long_ids, int64_t num_ids, int64_t num_rows, int64_t padding, uintptr_t out, int64_t width, int64_t num_threads,
+                     uintptr_t offsets, int64_t num_bags, uintptr_t weights, bool mean) {
+        return Call{ids, long_ids, num_ids, num_rows, padding, offsets, weights, num_bags, mean, out, width, num_threads};
+    });
+    m.def("concat", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
+        nb::gil_scoped_release release;
+        return run(call, Concat{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books});
+    });
+    m.def("sum", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
+        nb::gil_scoped_release release;
+        return run(call, Sum{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width});
+    });
+    m.def("levels", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t ranks, int64_t ranks_nbytes, int64_t rank_bits,
+                       uintptr_t mean, uintptr_t borders, int64_t num_levels, uintptr_t words, uintptr_t scales, int64_t num_words) {
+        nb::gil_scoped_release release;
+        Levels reader{{at<const uint8_t*>(codes), nbytes, bits}, {at<const uint8_t*>(ranks), ranks_nbytes, rank_bits}, at<const float*>(mean),
+                      at<const int64_t*>(borders), at<const uint8_t*>(words), at<const uint16_t*>(scales), num_levels, num_words, call.width, call.num_rows};
+        return reader.prepare(call.num_ids) ? run(call, reader) : kBadBorders;
+    });
+    m.def("scaled", [](const Call& call, uintptr_t codes, int64_t bits, uintptr_t scales, int64_t group, int64_t num_groups) {
+        nb::gil_scoped_release release;
+        const auto* bytes = at<const uint8_t*>(codes);
+        const auto* halves = at<const uint16_t*>(scales);
+        if (bits == 8) return run(call, Scaled<8>{bytes, halves, call.width, group, num_groups});
+        if (bits == 4) return run(call, Scaled<4>{bytes, halves, call.width, group, num_groups});
+        return run(call, Scaled<2>{bytes, halves, call.width, group, num_groups});
+    });
+    m.def("gradients", [](uintptr_t ids, int64_t num_ids, int64_t padding, uintptr_t grad, int64_t row_width, uintptr_t codes, int64_t nbytes,
+                          int64_t bits, uintptr_t out, int64_t num_books, int64_t num_words, int64_t width, bool side_by_side, int64_t num_threads) {
+        nb::gil_scoped_release release;
+        const int64_t useful = num_ids * row_width / kValuesPerThread;
+        share(num_books, std::clamp<int64_t>(std::min({useful, num_books, num_threads}), 1, num_books), [&](int64_t begin, int64_t end) {
+            add_gradients(at<const int64_t*>(ids), num_ids, padding, at<const float*>(grad), {at<const uint8_t*>(codes), nbytes, bits}, at<float*>(out),
+                          num_books, num_words, width, row_width, side_by_side, begin, end);
+        });
+    });
+}
