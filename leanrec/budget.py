@@ -83,7 +83,8 @@ class Sizes:
     ) -> None:
         self._method, self._chosen, self._groups = method, choose(model, method), table_groups(model)
         self._counts, self._sensitivities = group_counts(self._groups, counts), group_sensitivities(self._groups, sensitivities)
-        self._owners = {path: first for first, group in self._groups.items() for path in group if path in tables(model)}
+        found = tables(model)
+        self._owners = {path: first for first, group in self._groups.items() for path in group if path in found}
         self.full = sum(group_nbytes_full(group) for group in self._groups.values())
         self.least = least_nbytes(model, method)
 

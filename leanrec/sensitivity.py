@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -132,7 +131,7 @@ def _bag_hook(path: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[...
 
     def keep(module: nn.EmbeddingBag, inputs: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
         rows = nn.Embedding(module.num_embeddings, module.embedding_dim, _weight=module.weight.detach())
-        rows.register_forward_hook(partial(_hook(path, seen)), with_kwargs=True)
+        rows.register_forward_hook(_hook(path, seen), with_kwargs=True)
         bag = TableBag(cast(Table, rows), mode=module.mode, padding_idx=module.padding_idx, include_last_offset=module.include_last_offset)
         pooled: Tensor = bag(*inputs, **kwargs)
         return pooled
