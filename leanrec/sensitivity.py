@@ -37,7 +37,8 @@ def measure_sensitivity(
         First path of each table; those that share a weight are measured as one.
 
     Raises:
-        ValueError: The model puts out something else than a tensor, or looks up nothing on the batches.
+        ValueError: The model puts out something else than a tensor, values or gradients that are not finite, or looks up nothing on the
+            batches.
     """
     groups = table_groups(model)
     row_counts = group_counts(groups, counts)
@@ -108,6 +109,11 @@ def _gradients(outputs: Any, seen: list[tuple[str, Tensor, Tensor]], generator: 
     signs = torch.randint(2, outputs.shape, generator=generator).to(outputs.device) * 2 - 1
     scalar = (outputs * (chances * (1 - chances)).sqrt() * signs).sum()
     gradients = torch.autograd.grad(scalar, [rows for _, _, rows in seen], allow_unused=True)
+    if not all(values.isfinite().all() for values in (outputs, *gradients) if values is not None):
+        raise ValueError(
+            "The model's outputs on the batches, or their gradients by the rows of its tables, are not finite (nan or inf). "
+            "Repair the model or the batches."
+        )
     return [
         torch.zeros(len(ids), rows.shape[-1], dtype=torch.float64) if gradient is None else gradient.reshape(len(ids), -1).double().cpu()
         for (_, ids, rows), gradient in zip(seen, gradients, strict=True)

@@ -117,3 +117,21 @@ def test_what_does_not_fit_is_an_error_of_one_line():
         leanrec.measure_sensitivity(model, [])
     with pytest.raises(ValueError, match="puts out a tuple"):
         leanrec.measure_sensitivity(nn.Sequential(nn.Embedding(5, 4), nn.GRU(4, 4)), [ids[:5]])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_puts_out_what_is_not_finite_is_an_error_of_one_line(value):
+    model = Linear(make_embedding())
+    model.direction.data[0] = value
+    with pytest.raises(ValueError, match=r"not finite \(nan or inf\).*Repair the model or the batches") as error:
+        leanrec.measure_sensitivity(model, [torch.arange(20)])
+    assert "\n" not in str(error.value)
+
+
+def test_finite_outputs_with_gradients_that_are_not_are_an_error():
+    class Norm(Linear):
+        def forward(self, ids):
+            return self.table(ids).square().sum(1).sqrt()  # of a row of zeros: 0, with the gradient 0 x inf
+
+    with pytest.raises(ValueError, match="not finite"):
+        leanrec.measure_sensitivity(Norm(nn.Embedding(20, 4, _weight=torch.zeros(20, 4))), [torch.arange(20)])
