@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from leanrec.compress import choose, group_counts, group_sensitivities
-from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, row_chunks, table_groups, tables, title
+from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, naming, row_chunks, table_groups, tables
 from leanrec.methods.base import Method
 from leanrec.ops.sensitivity import Sensitivity
 
@@ -176,7 +176,8 @@ def _options(path: str, group: Group, method: Method | None, counts: Tensor | No
     _sizes(path, group, method)  # raises what is wrong with it
     module = next(iter(group.values()))
     shape = (module.num_embeddings, module.embedding_dim)
-    curve = method.curve(row_chunks(module), *shape, counts=counts, sensitivity=sensitivity)
+    with naming(path, module):
+        curve = method.curve(row_chunks(module), *shape, counts=counts, sensitivity=sensitivity)
     return [*(Option(setting, setting.nbytes(*shape), loss) for setting, loss in curve), alone]
 
 
@@ -187,7 +188,5 @@ def _sizes(path: str, group: Group, method: Method | None) -> list[tuple[Method 
         return [alone]
     module = next(iter(group.values()))
     shape = (module.num_embeddings, module.embedding_dim)
-    try:
+    with naming(path, module):
         return [*((variant, variant.nbytes(*shape)) for variant in method.variants(*shape)), alone]
-    except ValueError as error:
-        raise ValueError(f"{title(path, module)}: {error}") from None

@@ -16,6 +16,7 @@ from leanrec.embeddings import (
     address,
     like,
     listing,
+    naming,
     put,
     reconstruction_error,
     replacements,
@@ -69,7 +70,8 @@ def compress(
     jobs = {path: chosen for path, chosen in methods.items() if chosen is not None and not _has_method(groups[path], chosen)}
     _check(model, {path: groups[path] for path in jobs}, jobs, way="fit" if fit else "scratch")
     for done, (path, chosen) in enumerate(jobs.items(), start=1):
-        model = _swap(model, groups.pop(path), chosen, row_counts.get(path), row_sensitivities.get(path), _generator(seed, path), fit=fit)
+        with naming(path, groups[path][path]):
+            model = _swap(model, groups.pop(path), chosen, row_counts.get(path), row_sensitivities.get(path), _generator(seed, path), fit=fit)
         if progress is not None:
             progress(path, done, len(jobs))
     return model
@@ -180,10 +182,8 @@ def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, 
         if way in methods[path].gaps:
             how = {"fit": "be fitted to a trained table", "scratch": "be trained from scratch"}[way]
             raise ValueError(f"{name}: {type(methods[path]).__name__} cannot {how}: {methods[path].gaps[way]}.")
-        try:
+        with naming(path, group[path]):
             methods[path].nbytes(group[path].num_embeddings, group[path].embedding_dim)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
 
 
 def _exempt(path: str) -> str:

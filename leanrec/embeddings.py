@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -104,6 +105,15 @@ def group_nbytes_full(group: Group) -> int:
 def title(path: str, module: EmbeddingModule) -> str:
     """How errors name a table: path, V and D."""
     return f"Table {path!r} ({module.num_embeddings} x {module.embedding_dim})"
+
+
+@contextmanager
+def naming(path: str, module: EmbeddingModule) -> Iterator[None]:
+    """What a method finds wrong within is raised as an error that names the table."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{title(path, module)}: {error}") from None
 
 
 def listing(found: Mapping[str, EmbeddingModule]) -> str:

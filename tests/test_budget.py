@@ -11,6 +11,7 @@ from leanrec.compress import compress, tables
 from leanrec.methods import METHODS
 from leanrec.methods.full import Full
 from leanrec.methods.pq import PQ
+from leanrec.methods.vrq import VRQ
 from leanrec.report import report
 
 
@@ -172,6 +173,12 @@ def test_ratio_must_be_positive(ratio):
 def test_pattern_without_a_table_is_an_error():
     with pytest.raises(ValueError, match="No table matches the pattern 'usr'"):
         fit_budget(model(user=1.0), {"usr": PQ()}, ratio=2)
+
+
+def test_ids_that_are_not_sorted_by_popularity_are_an_error_that_names_the_table():
+    counts = {"user": torch.arange(400, 0, -1), "item": torch.arange(400)}
+    with pytest.raises(ValueError, match=r"^Table 'item' \(400 x 8\): the counts do not fall with the row number.*Set sorted_rows=False"):
+        fit_budget(model(user=1.0, item=1.0), VRQ(), ratio=8, counts=counts)
 
 
 @pytest.mark.parametrize("ratio", [10, 50, 100, 1000])

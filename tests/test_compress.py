@@ -11,7 +11,7 @@ from torch import nn
 from leanrec.bag import TableBag
 from leanrec.compress import compress, tables
 from leanrec.embeddings import reconstruction_error
-from leanrec.methods import METHODS, PQ, Full, Table
+from leanrec.methods import METHODS, PQ, VRQ, CpRec, Full, Table
 
 SMALL = PQ(num_subspaces=2, num_centroids=8)
 
@@ -118,6 +118,13 @@ def test_method_that_does_not_fit_names_table_value_and_choices():
     message = error_of(model, PQ(num_subspaces=4))
     assert message.startswith("Table 'nested.odd' (20 x 6): PQ splits a row into num_subspaces=4 equal parts")
     assert "[1, 2, 3, 6]" in message
+
+
+def test_ids_that_are_not_sorted_by_popularity_are_an_error_that_names_the_table():
+    with pytest.raises(ValueError, match=r"^Table 'user' \(100 x 8\): the counts do not fall with the row number.*Set sorted_rows=False"):
+        compress(Model(), VRQ(), counts={"user": torch.arange(100)})
+    with pytest.raises(ValueError, match=r"^Table 'user' \(100 x 8\): the counts do not fall with the row number"):
+        compress(Model(), CpRec(), counts={"user": torch.arange(100)}, fit=False)
 
 
 @pytest.mark.parametrize("method", ["PQ()", {"user": "PQ()"}, {"user": PQ}])
