@@ -94,11 +94,7 @@ def compress_dense(
     """
     if (rank is None) == (ratio is None):
         raise ValueError(f"Give one of rank and ratio, not rank={rank} and ratio={ratio}.")
-    matching = _matching(model, [layers] if isinstance(layers, str) else layers)
-    candidates = _candidates(matching, 1 if rank is None else rank)
-    _check(model, candidates)
-    if ratio is not None:
-        _check_ratio(matching, candidates, ratio)
+    matching, candidates = _choose(model, layers, rank=rank, ratio=ratio)
     outputs = _run(model, candidates, batches)
     ranks: Mapping[str, int | None] = dict.fromkeys(candidates, rank) if ratio is None else _fit_ranks(matching, candidates, outputs, ratio)
     return put(model, {path: _factored(candidates[path], outputs[path], chosen) for path, chosen in ranks.items() if chosen is not None})
@@ -106,15 +102,24 @@ def compress_dense(
 
 def check_dense_ratio(model: nn.Module, ratio: float) -> None:
     """Raise the ValueError that `compress_dense` would for this ratio of all linear layers, before any work is done."""
-    matching = _matching(model, ["*"])
-    candidates = _candidates(matching, 1)
-    _check(model, candidates)
-    _check_ratio(matching, candidates, ratio)
+    _choose(model, "*", rank=None, ratio=ratio)
 
 
 def factored_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     """The layers that `compress_dense` made: path -> module."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def _choose(
+    model: nn.Module, layers: str | Sequence[str], *, rank: int | None, ratio: float | None
+) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+    """Path -> linear layer, of all that match and of those among them that can be factored; raises what is wrong with the request."""
+    matching = _matching(model, [layers] if isinstance(layers, str) else layers)
+    candidates = _candidates(matching, 1 if rank is None else rank)
+    _check(model, candidates)
+    if ratio is not None:
+        _check_ratio(matching, candidates, ratio)
+    return matching, candidates
 
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
