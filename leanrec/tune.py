@@ -67,11 +67,17 @@ def compress_run(
     Raises:
         ValueError: The run cannot be opened, a method does not fit, the budget is out of reach, or `out` holds something else.
     """
-    arguments = {"run": run, "method": method, "ratio": ratio, "nbytes": nbytes, "tuning": tuning and asdict(tuning), "seed": seed}
-    if dense_ratio is not None:
-        arguments["dense_ratio"] = dense_ratio
+    arguments = {
+        "run": run,
+        "method": method,
+        "ratio": ratio,
+        "nbytes": nbytes,
+        "max_auc_drop": max_auc_drop,
+        "dense_ratio": dense_ratio,
+        "tuning": tuning and asdict(tuning),
+        "seed": seed,
+    }
     if max_auc_drop is not None:
-        arguments["max_auc_drop"] = max_auc_drop
         _check_search(method, ratio, nbytes, max_auc_drop)
     if runs.is_finished(out, command="compress", settings=arguments):
         return runs.load(out)

@@ -27,6 +27,7 @@ def base(small_log, tmp_path_factory):
 def test_a_compressed_run_opens_with_its_tables_and_keeps_its_record(base, tmp_path):
     record = compress_run(base, tmp_path / "small", method="PQ(num_subspaces=2, num_centroids=16)", tuning=SHORT)
     assert set(record["methods"].values()) == {"PQ(num_subspaces=2, num_centroids=16, weight_power=0.5)"}
+    assert record["settings"].keys() == {"run", "method", "ratio", "nbytes", "max_auc_drop", "dense_ratio", "tuning", "seed"}
     small, full = open_run(tmp_path / "small"), open_run(base)
     assert report(small.model).tables == record["report"]["tables"] < report(full.model).tables / 2
     assert record["report"]["vocabulary"] > 0
