@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from leanrec import runs
 from leanrec.budget import Sizes
@@ -28,11 +29,13 @@ class Trial:
         ratio: Bytes of all tables before / after that was asked for.
         auc: On the validation split, nothing fine-tuned.
         auc_drop: What it is below that of the model as it was.
+        within: Whether that is no more than was promised.
     """
 
     ratio: float
     auc: float
     auc_drop: float
+    within: bool
 
 
 def smallest_ratio(run: Path, method: str, *, max_auc_drop: float, seed: int, found: Path, on_trial: Callable[[Trial], None] | None = None) -> Trial:
@@ -53,39 +56,49 @@ def smallest_ratio(run: Path, method: str, *, max_auc_drop: float, seed: int, fo
     Raises:
         ValueError: No ratio keeps the promise.
     """
-    search = _Search(run, method, seed, found, on_trial)
-    good, bad = search.bracket(max_auc_drop)
+    search = _Search(run, method, max_auc_drop, seed, found, on_trial)
+    good, bad = search.bracket()
     if bad is not None:
         for _ in range(BISECTIONS):
             middle = search.attempt(math.sqrt(good.ratio * bad.ratio))
-            good, bad = (middle, bad) if middle.auc_drop <= max_auc_drop else (good, middle)
+            good, bad = (middle, bad) if middle.within else (good, middle)
     return good
+
+
+def search_summary(found: Path) -> dict[str, Any]:
+    """What a run keeps of its search: `trials` by ratio, the largest that was `kept`, and the next one `beyond`, None where there is none."""
+    trials = sorted(_read(found), key=lambda trial: trial.ratio)
+    kept = max((trial for trial in trials if trial.within), key=lambda trial: trial.ratio)
+    beyond = next((trial for trial in trials if trial.ratio > kept.ratio), None)
+    return {"trials": [asdict(trial) for trial in trials], "kept": asdict(kept), "beyond": beyond and asdict(beyond)}
 
 
 class _Search:
     """Tries ratios, each once."""
 
-    def __init__(self, run: Path, method: str, seed: int, found: Path, on_trial: Callable[[Trial], None] | None) -> None:
-        self.run, self.method, self.seed, self.found, self.on_trial = run, parse(method), seed, found, on_trial
-        self.trials = [Trial(**trial) for trial in json.loads(found.read_text())] if found.exists() else []
+    def __init__(
+        self, run: Path, method: str, max_auc_drop: float, seed: int, found: Path, on_trial: Callable[[Trial], None] | None
+    ) -> None:
+        self.run, self.method, self.max_auc_drop, self.seed, self.found, self.on_trial = run, parse(method), max_auc_drop, seed, found, on_trial
+        self.trials = _read(found) if found.exists() else []
         base = open_run(run)
         self.full_auc = _valid_auc(base)
         self.counts, self.sensitivities = table_counts(base), table_sensitivities(base, [self.method], seed=seed)
         self.sizes = Sizes(base.model, self.method, counts=self.counts, sensitivities=self.sensitivities)
 
-    def bracket(self, max_auc_drop: float) -> tuple[Trial, Trial | None]:
+    def bracket(self) -> tuple[Trial, Trial | None]:
         """A ratio that keeps the promise and a larger one that does not; None where the smallest tables of all keep it."""
         highest = self.sizes.full / self.sizes.least
         good, bad, ratio = None, None, min(FIRST_RATIO, highest)
         while good is None or (bad is None and good.ratio < highest):
             trial = self.attempt(ratio)
-            if trial.auc_drop <= max_auc_drop:
+            if trial.within:
                 good, ratio = trial, min(ratio * 2, highest)
             else:
                 bad, ratio = trial, ratio / 2
                 if good is None and ratio < LEAST_RATIO:
                     raise ValueError(
-                        f"No size of {self.method} keeps the validation AUC within {max_auc_drop}: at ratio {trial.ratio:g} it drops by "
+                        f"No size of {self.method} keeps the validation AUC within {self.max_auc_drop}: at ratio {trial.ratio:g} it drops by "
                         f"{trial.auc_drop:.5f}. Allow more, or choose another method."
                     )
         return good, bad
@@ -99,12 +112,17 @@ class _Search:
         plan = self.sizes.plan(ratio=ratio)
         recommender.model = compress(recommender.model, plan, counts=self.counts, sensitivities=self.sensitivities, seed=self.seed)
         quality = _valid_auc(recommender)
-        trial = Trial(ratio, quality, self.full_auc - quality)
+        drop = self.full_auc - quality
+        trial = Trial(ratio, quality, drop, drop <= self.max_auc_drop)
         self.trials.append(trial)
         runs.write_atomically(self.found, json.dumps([asdict(tried) for tried in self.trials]))
         if self.on_trial is not None:
             self.on_trial(trial)
         return trial
+
+
+def _read(found: Path) -> list[Trial]:
+    return [Trial(**trial) for trial in json.loads(found.read_text())]
 
 
 def _valid_auc(recommender: Recommender) -> float:

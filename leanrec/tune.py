@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from itertools import islice
@@ -18,7 +17,7 @@ from leanrec.methods.base import Table
 from leanrec.ops.metrics import auc, log_loss
 from leanrec.recommender import PREDICT_BATCH, Recommender, compress_tables, describe, open_run, predict
 from leanrec.report import Report, report
-from leanrec.search import Trial, smallest_ratio
+from leanrec.search import Trial, search_summary, smallest_ratio
 from leanrec.train import Progress, TrainSettings, train_recommender
 from leanrec.train.run import CHECKPOINT_FILE
 
@@ -105,7 +104,7 @@ def compress_run(
         recommender.save(current.folder)
         fitted.unlink()
         if max_auc_drop is not None:
-            current.results["trials"] = sorted(json.loads(trials.read_text()), key=lambda trial: trial["ratio"])
+            current.results.update(search_summary(trials))
             trials.unlink()
         current.results.update(
             recommender=describe(recommender),

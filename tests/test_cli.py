@@ -329,6 +329,19 @@ def test_compress_reaches_a_ratio(base, tmp_path, capsys):
     assert json.loads((tmp_path / "small" / "run.json").read_text())["report"]["ratio"] >= 4
 
 
+def test_compress_tells_every_size_it_tried_and_what_one_step_further_would_have_cost(base, tmp_path, capsys):
+    out = _done(
+        capsys, "compress", str(base), "--method", "Hash()", "--max-auc-drop", "0.02", "--tune-epochs", "0", "--out", str(tmp_path / "smallest")
+    )
+    record = json.loads((tmp_path / "smallest" / "run.json").read_text())
+    for trial in record["trials"]:
+        place = "within" if trial["auc_drop"] <= 0.02 else "beyond"
+        assert f"ratio {trial['ratio']:.1f}: validation AUC {trial['auc']:.5f}, a drop of {trial['auc_drop']:.5f}: {place} 0.02\n" in out
+    kept, beyond = record["kept"], record["beyond"]
+    assert 20 <= kept["ratio"] < beyond["ratio"] <= 40
+    assert f"ratio {kept['ratio']:.1f} drops {kept['auc_drop']:.5f} of the validation AUC; one step further, {beyond['ratio']:.1f} would" in out
+
+
 def test_evaluate_prints_a_table_or_json(base, capsys):
     table = _done(capsys, "evaluate", str(base), "--against", str(base))
     values = json.loads(_done(capsys, "evaluate", str(base), "--against", str(base), "--json"))

@@ -35,6 +35,7 @@ def test_the_largest_ratio_tried_that_keeps_the_promise_is_taken_and_the_next_on
     beyond = [trial for trial in record["trials"] if trial["ratio"] > kept["ratio"]]
     assert all(trial["auc_drop"] > promise for trial in beyond)
     assert not beyond or beyond[0]["ratio"] < 1.1 * kept["ratio"]
+    assert (record["kept"], record["beyond"]) == (kept, beyond[0] if beyond else None)
 
 
 def test_a_trial_is_what_compress_gives_at_that_ratio(base, tmp_path):
@@ -68,6 +69,7 @@ def test_the_smallest_tables_are_taken_where_all_keep_the_promise(base, tmp_path
     smallest = record["trials"][-1]
     assert all(trial["auc_drop"] <= 0.49 for trial in record["trials"])
     assert report(open_run(tmp_path / "small").model).ratio == pytest.approx(smallest["ratio"])
+    assert (record["kept"], record["beyond"]) == (smallest, None)
 
 
 def test_a_promise_that_no_size_keeps_is_an_error_of_one_line(base, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -270,27 +270,25 @@ def compress(
         )
     typer.echo(size_report(open_run(out)))
     if max_auc_drop is not None:
-        typer.echo(f"\n{_one_step_further(record['trials'], max_auc_drop)}")
+        typer.echo(f"\n{_one_step_further(record['kept'], record['beyond'])}")
     valid = record["valid"]
     typer.echo(f"\nvalidation AUC {valid['auc']:.5f} (before tuning {valid['auc_untuned']:.5f}), log loss {valid['logloss']:.5f}")
     typer.echo(f"written: {out}")
 
 
 def _trial(trial: Trial, max_auc_drop: float | None) -> str:
-    kept = max_auc_drop is not None and trial.auc_drop <= max_auc_drop
-    return f"ratio {trial.ratio:.1f}: validation AUC {trial.auc:.5f}, a drop of {trial.auc_drop:.5f}: {'within' if kept else 'beyond'} {max_auc_drop}"
+    place = "within" if trial.within else "beyond"
+    return f"ratio {trial.ratio:.1f}: validation AUC {trial.auc:.5f}, a drop of {trial.auc_drop:.5f}: {place} {max_auc_drop}"
 
 
-def _one_step_further(trials: Sequence[Mapping[str, float]], max_auc_drop: float) -> str:
+def _one_step_further(kept: Mapping[str, float], beyond: Mapping[str, float] | None) -> str:
     """What the search ended between."""
-    kept = max((trial for trial in trials if trial["auc_drop"] <= max_auc_drop), key=lambda trial: trial["ratio"])
-    beyond = [trial for trial in trials if trial["ratio"] > kept["ratio"]]
-    if not beyond:
-        return f"ratio {kept['ratio']:.1f} drops {kept['auc_drop']:.5f} of the validation AUC; the method cannot make the tables smaller"
-    return (
-        f"ratio {kept['ratio']:.1f} drops {kept['auc_drop']:.5f} of the validation AUC; "
-        f"one step further, {beyond[0]['ratio']:.1f} would have dropped {beyond[0]['auc_drop']:.5f}"
+    end = (
+        f"one step further, {beyond['ratio']:.1f} would have dropped {beyond['auc_drop']:.5f}"
+        if beyond
+        else "the method cannot make the tables smaller"
     )
+    return f"ratio {kept['ratio']:.1f} drops {kept['auc_drop']:.5f} of the validation AUC; {end}"
 
 
 @app.command(
