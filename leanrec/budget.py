@@ -90,14 +90,19 @@ class Sizes:
 
     def plan(self, *, nbytes: int | None = None, ratio: float | None = None) -> dict[str, Method | None]:
         """What `fit_budget` gives for this budget."""
+        budget = self.budget(nbytes=nbytes, ratio=ratio)
+        picks = dict(zip(self._groups, spend(self._options, budget), strict=True))
+        return {glob.escape(path): picks[first].method for path, first in self._owners.items()}
+
+    def budget(self, *, nbytes: int | None = None, ratio: float | None = None) -> int:
+        """Bytes of this budget; raises if it cannot be met, before any table is looked at."""
         budget = _budget(self.full, nbytes, ratio)
         if self.least > budget:
             raise ValueError(
                 f"The budget of {budget} bytes cannot be met: the smallest that {self._method} can do with these {len(self._groups)} tables is "
                 f"{self.least} bytes, a ratio of {self.full / self.least:.1f}."
             )
-        picks = dict(zip(self._groups, spend(self._options, budget), strict=True))
-        return {glob.escape(path): picks[first].method for path, first in self._owners.items()}
+        return budget
 
     @cached_property
     def _options(self) -> list[list[Option]]:

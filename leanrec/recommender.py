@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leanrec import models, runs, storage
-from leanrec.budget import fit_budget
+from leanrec.budget import Sizes, fit_budget
 from leanrec.compress import compress
 from leanrec.data.loader import Loader
 from leanrec.data.schema import Schema
@@ -122,12 +122,14 @@ def compress_tables(
     """
     plan: Method | dict[str, Method | None]
     plan = parse(method) if isinstance(method, str) else {glob: None if text is None else parse(text) for glob, text in method.items()}
-    counts = table_counts(recommender)
-    methods = [plan] if isinstance(plan, Method) else list(plan.values())
-    sensitivities = table_sensitivities(recommender, methods, seed=seed) if fit else None
-    if ratio is not None or nbytes is not None:
+    methods, has_budget = [plan] if isinstance(plan, Method) else list(plan.values()), ratio is not None or nbytes is not None
+    if has_budget:
         if not isinstance(plan, Method):
             raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
+        Sizes(recommender.model, plan).budget(ratio=ratio, nbytes=nbytes)  # raises before anything is measured
+    counts = table_counts(recommender)
+    sensitivities = table_sensitivities(recommender, methods, seed=seed) if fit else None
+    if has_budget:
         plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts, sensitivities=sensitivities)
     recommender.model = compress(recommender.model, plan, counts=counts, sensitivities=sensitivities, fit=fit, seed=seed, progress=progress)
 

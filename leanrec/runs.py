@@ -63,6 +63,7 @@ def create(out: Path, *, command: str, settings: Mapping[str, Any], resumable: b
     """A run that writes into `OUT.partial` and becomes `OUT`, with its `run.json`, only when the block ends well.
 
     An exception or a kill leaves `OUT.partial`. A resumable run with the same settings goes on from there; any other starts afresh.
+    A ValueError before anything was written leaves nothing: the user asked for what cannot be.
 
     Args:
         out: The folder that the user asked for; it must not exist (see `is_finished`).
@@ -80,7 +81,12 @@ def create(out: Path, *, command: str, settings: Mapping[str, Any], resumable: b
         write_atomically(saved, text)
     run, start = Run(partial, resumed), time.perf_counter()
     commit()  # now: files may change while the run goes on
-    yield run
+    try:
+        yield run
+    except ValueError:
+        if list(partial.iterdir()) == [saved]:
+            shutil.rmtree(partial)
+        raise
     record = {
         "command": command,
         "settings": _plain(settings),

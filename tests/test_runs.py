@@ -93,6 +93,15 @@ def test_failed_run_leaves_only_its_partial_folder(tmp_path):
     assert not runs.is_finished(tmp_path / "base", command="train", settings=SETTINGS)
 
 
+@pytest.mark.parametrize(("written", "left"), [(False, []), (True, ["base.partial"])])
+def test_refused_run_leaves_nothing_unless_there_is_work_to_keep(tmp_path, written, left):
+    with pytest.raises(ValueError, match="out of reach"), runs.create(tmp_path / "base", command="train", settings=SETTINGS, resumable=True) as run:
+        if written:
+            (run.folder / "checkpoint.txt").write_text("step 7")
+        raise ValueError("out of reach")
+    assert [path.name for path in tmp_path.iterdir()] == left
+
+
 def test_resumable_run_goes_on_from_what_was_left(tmp_path):
     _interrupt(tmp_path / "base")
     with runs.create(tmp_path / "base", command="train", settings=SETTINGS, resumable=True) as run:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from leanrec import runs
+from leanrec import recommender, runs
 from leanrec.compress import compress
 from leanrec.evaluate import evaluate_run
 from leanrec.methods import PQ
@@ -149,6 +149,13 @@ def test_a_ratio_of_the_linear_layers_out_of_reach_is_said_before_anything_is_fi
     with pytest.raises(ValueError, match=r"ratio=500 cannot be met"):
         compress_run(base, tmp_path / "small", method="Scalar()", dense_ratio=500, on_table=lambda *state: seen.append(state))
     assert seen == [] and not list(tmp_path.iterdir())
+
+
+def test_a_ratio_of_the_tables_out_of_reach_is_said_before_anything_is_measured_and_leaves_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(recommender, "measure_sensitivity", None)
+    with pytest.raises(ValueError, match=r"The budget of \d+ bytes cannot be met"):
+        compress_run(base, tmp_path / "small", method="VRQ()", ratio=5000)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_higher_auc_at_the_cost_of_log_loss_is_not_taken(base, tmp_path, monkeypatch):
