@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -39,6 +39,7 @@ def fit_budget(
     ratio: float | None = None,
     counts: Mapping[str, Tensor] | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Method | None]:
     """Settings for each table with which all tables together fit into a number of bytes, for `compress`.
 
@@ -55,6 +56,7 @@ def fit_budget(
         ratio: fp32 bytes of all tables / bytes afterwards, at least.
         counts: As in `compress`. Without counts, each row of a table weighs the same.
         sensitivities: As in `compress`.
+        progress: Called after each table with its path, the number of tables whose sizes are known and the number in all.
 
     Returns:
         Path of each table, glob characters escaped -> method, or None to leave it alone.
@@ -62,7 +64,7 @@ def fit_budget(
     Raises:
         ValueError: Neither or both of nbytes and ratio, a pattern without a table, counts that do not fit, or a budget that cannot be met.
     """
-    return Sizes(model, method, counts=counts, sensitivities=sensitivities).plan(nbytes=nbytes, ratio=ratio)
+    return Sizes(model, method, counts=counts, sensitivities=sensitivities, progress=progress).plan(nbytes=nbytes, ratio=ratio)
 
 
 class Sizes:
@@ -80,6 +82,7 @@ class Sizes:
         *,
         counts: Mapping[str, Tensor] | None = None,
         sensitivities: Mapping[str, Sensitivity] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
         self._method, self._chosen, self._groups = method, choose(model, method), table_groups(model)
         self._counts, self._sensitivities = group_counts(self._groups, counts), group_sensitivities(self._groups, sensitivities)
@@ -87,6 +90,7 @@ class Sizes:
         self._owners = {path: first for first, group in self._groups.items() for path in group if path in found}
         self.full = sum(group_nbytes_full(group) for group in self._groups.values())
         self.least = least_nbytes(model, method)
+        self._progress = progress
 
     def plan(self, *, nbytes: int | None = None, ratio: float | None = None) -> dict[str, Method | None]:
         """What `fit_budget` gives for this budget."""
@@ -106,9 +110,12 @@ class Sizes:
 
     @cached_property
     def _options(self) -> list[list[Option]]:
-        return [
-            _options(path, group, self._chosen[path], self._counts.get(path), self._sensitivities.get(path)) for path, group in self._groups.items()
-        ]
+        found = []
+        for done, (path, group) in enumerate(self._groups.items(), start=1):
+            found.append(_options(path, group, self._chosen[path], self._counts.get(path), self._sensitivities.get(path)))
+            if self._progress is not None:
+                self._progress(path, done, len(self._groups))
+        return found
 
 
 def least_nbytes(model: nn.Module, method: Method | Mapping[str, Method | None]) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from leanrec.sensitivity import measure_sensitivity
 MODEL_FILE, SCHEMA_FILE = "model.safetensors", "schema.json"
 PREDICT_BATCH = 16_384
 SENSITIVITY_BATCH, SENSITIVITY_BATCHES = 4096, 128  # half a million rows of the log at most, from all over it
+
+Work: TypeAlias = Callable[[str, int, int], None]
+"""Who is told of long work: what it is, how much of it is done, and of how much."""
 
 
 @dataclass
@@ -104,7 +107,7 @@ def compress_tables(
     nbytes: int | None = None,
     fit: bool = True,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    on_work: Work | None = None,
 ) -> None:
     """Compress the tables of a recommender, in place, with the counts of its log.
 
@@ -115,7 +118,7 @@ def compress_tables(
         nbytes: bytes of all tables after. With neither, the method is taken as it stands.
         fit: Whether the tables take over the rows that are there, or start at random.
         seed: Source of the random draws.
-        progress: Called with (table, tables done, tables in all).
+        on_work: Told as tables are measured, weighed for the budget and fitted.
 
     Raises:
         ValueError: No such method or table, a method does not fit, or the budget is out of reach.
@@ -128,19 +131,35 @@ def compress_tables(
             raise ValueError("A ratio or a number of bytes goes with one method for all tables, not with a method for each.")
         Sizes(recommender.model, plan).budget(ratio=ratio, nbytes=nbytes)  # raises before anything is measured
     counts = table_counts(recommender)
-    sensitivities = table_sensitivities(recommender, methods, seed=seed) if fit else None
+    sensitivities = table_sensitivities(recommender, methods, seed=seed, on_work=on_work) if fit else None
     if has_budget:
-        plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts, sensitivities=sensitivities)
-    recommender.model = compress(recommender.model, plan, counts=counts, sensitivities=sensitivities, fit=fit, seed=seed, progress=progress)
+        sizing = told_of_tables(on_work, "sizes of table")
+        plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts, sensitivities=sensitivities, progress=sizing)
+    fitting = told_of_tables(on_work, "table")
+    recommender.model = compress(recommender.model, plan, counts=counts, sensitivities=sensitivities, fit=fit, seed=seed, progress=fitting)
 
 
-def table_sensitivities(recommender: Recommender, methods: Iterable[Method | None], *, seed: int) -> dict[str, Sensitivity] | None:
+def table_sensitivities(
+    recommender: Recommender, methods: Iterable[Method | None], *, seed: int, on_work: Work | None = None
+) -> dict[str, Sensitivity] | None:
     """Of all tables, measured on rows of the training split; None where no method uses them."""
     if not any(method is not None and method.uses_sensitivity for method in methods):
         return None
     loader = Loader(recommender.data, "train", recommender.schema, batch_size=SENSITIVITY_BATCH, seed=seed)
-    features = (batch.features for batch in islice(loader.batches(), SENSITIVITY_BATCHES))
-    return measure_sensitivity(recommender.model, features, counts=table_counts(recommender), seed=seed)
+
+    def features() -> Iterator[Any]:
+        total = min(len(loader), SENSITIVITY_BATCHES)
+        for done, batch in enumerate(islice(loader.batches(), SENSITIVITY_BATCHES)):
+            if on_work is not None:
+                on_work("sensitivity of the tables", done, total)
+            yield batch.features
+
+    return measure_sensitivity(recommender.model, features(), counts=table_counts(recommender), seed=seed)
+
+
+def told_of_tables(on_work: Work | None, what: str) -> Work | None:
+    """What a call that goes table by table tells: the table's path after what is done with it."""
+    return on_work and (lambda path, done, total: on_work(f"{what} {path}", done, total))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from leanrec.compress import compress
 from leanrec.data.loader import Loader
 from leanrec.methods import parse
 from leanrec.ops.metrics import auc
-from leanrec.recommender import PREDICT_BATCH, Recommender, open_run, predict, table_counts, table_sensitivities
+from leanrec.recommender import PREDICT_BATCH, Recommender, Work, open_run, predict, table_counts, table_sensitivities, told_of_tables
 
 FIRST_RATIO, LEAST_RATIO = 10.0, 1.2
 BISECTIONS = 3
@@ -38,7 +38,16 @@ class Trial:
     within: bool
 
 
-def smallest_ratio(run: Path, method: str, *, max_auc_drop: float, seed: int, found: Path, on_trial: Callable[[Trial], None] | None = None) -> Trial:
+def smallest_ratio(
+    run: Path,
+    method: str,
+    *,
+    max_auc_drop: float,
+    seed: int,
+    found: Path,
+    on_trial: Callable[[Trial], None] | None = None,
+    on_work: Work | None = None,
+) -> Trial:
     """The largest ratio whose validation AUC is no more than `max_auc_drop` below that of the run.
 
     Ratios are doubled, from 10 on, until one drops too much, or halved until one does not; then the span between is halved three times,
@@ -52,11 +61,12 @@ def smallest_ratio(run: Path, method: str, *, max_auc_drop: float, seed: int, fo
         seed: As in `compress_tables`, which with this seed and the ratio gives the model that was tried.
         found: File that keeps the trials, so that a killed search does not repeat them.
         on_trial: Called with every trial.
+        on_work: Told as tables are measured and, for each trial, fitted.
 
     Raises:
         ValueError: No ratio keeps the promise.
     """
-    search = _Search(run, method, max_auc_drop, seed, found, on_trial)
+    search = _Search(run, method, max_auc_drop, seed, found, on_trial, on_work)
     good, bad = search.bracket()
     if bad is not None:
         for _ in range(BISECTIONS):
@@ -77,14 +87,23 @@ class _Search:
     """Tries ratios, each once."""
 
     def __init__(
-        self, run: Path, method: str, max_auc_drop: float, seed: int, found: Path, on_trial: Callable[[Trial], None] | None
+        self,
+        run: Path,
+        method: str,
+        max_auc_drop: float,
+        seed: int,
+        found: Path,
+        on_trial: Callable[[Trial], None] | None,
+        on_work: Work | None,
     ) -> None:
-        self.run, self.method, self.max_auc_drop, self.seed, self.found, self.on_trial = run, parse(method), max_auc_drop, seed, found, on_trial
+        self.run, self.method, self.max_auc_drop, self.seed, self.found = run, parse(method), max_auc_drop, seed, found
+        self.on_trial, self.fitting = on_trial, told_of_tables(on_work, "table")
         self.trials = _read(found) if found.exists() else []
         base = open_run(run)
         self.full_auc = _valid_auc(base)
-        self.counts, self.sensitivities = table_counts(base), table_sensitivities(base, [self.method], seed=seed)
-        self.sizes = Sizes(base.model, self.method, counts=self.counts, sensitivities=self.sensitivities)
+        self.counts, self.sensitivities = table_counts(base), table_sensitivities(base, [self.method], seed=seed, on_work=on_work)
+        sizing = told_of_tables(on_work, "sizes of table")
+        self.sizes = Sizes(base.model, self.method, counts=self.counts, sensitivities=self.sensitivities, progress=sizing)
 
     def bracket(self) -> tuple[Trial, Trial | None]:
         """A ratio that keeps the promise and a larger one that does not; None where the smallest tables of all keep it."""
@@ -110,7 +129,9 @@ class _Search:
             return known
         recommender = open_run(self.run)
         plan = self.sizes.plan(ratio=ratio)
-        recommender.model = compress(recommender.model, plan, counts=self.counts, sensitivities=self.sensitivities, seed=self.seed)
+        recommender.model = compress(
+            recommender.model, plan, counts=self.counts, sensitivities=self.sensitivities, seed=self.seed, progress=self.fitting
+        )
         quality = _valid_auc(recommender)
         drop = self.full_auc - quality
         trial = Trial(ratio, quality, drop, drop <= self.max_auc_drop)

@@ -15,7 +15,7 @@ from leanrec.dense import check_dense_ratio, compress_dense, factored_layers
 from leanrec.embeddings import tables, unpooled
 from leanrec.methods.base import Table
 from leanrec.ops.metrics import auc, log_loss
-from leanrec.recommender import PREDICT_BATCH, Recommender, compress_tables, describe, open_run, predict
+from leanrec.recommender import PREDICT_BATCH, Recommender, Work, compress_tables, describe, open_run, predict
 from leanrec.report import Report, report
 from leanrec.search import Trial, search_summary, smallest_ratio
 from leanrec.train import Progress, TrainSettings, train_recommender
@@ -40,7 +40,7 @@ def compress_run(
     tuning: TrainSettings | None = TUNING,
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
-    on_table: Callable[[str, int, int], None] | None = None,
+    on_work: Work | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """The record of a run with its tables compressed, its linear layers too if so asked, and, unless `tuning` is None, fine-tuned.
@@ -60,7 +60,7 @@ def compress_run(
         tuning: How to fine-tune with the click loss.
         seed: Source of the random draws of fit and tuning.
         on_trial: Called with every size that the search for `max_auc_drop` tries.
-        on_table: Called with (table, tables done, tables in all).
+        on_work: Called with (what is done, how much of it, of how much) as tables are measured, weighed for the budget and fitted.
         on_step: Called after every step of tuning.
 
     Raises:
@@ -90,8 +90,8 @@ def compress_run(
         else:
             if max_auc_drop is not None:
                 assert isinstance(method, str)
-                ratio = smallest_ratio(run, method, max_auc_drop=max_auc_drop, seed=seed, found=trials, on_trial=on_trial).ratio
-            compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, seed=seed, progress=on_table)
+                ratio = smallest_ratio(run, method, max_auc_drop=max_auc_drop, seed=seed, found=trials, on_trial=on_trial, on_work=on_work).ratio
+            compress_tables(recommender, method, ratio=ratio, nbytes=nbytes, seed=seed, on_work=on_work)
             if dense_ratio is not None:
                 compress_layers(recommender, dense_ratio, seed=seed)
             storage.save(recommender.model, fitted)

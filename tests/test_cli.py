@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -313,6 +314,14 @@ def test_compress_prints_bytes_and_quality(base, tmp_path, capsys):
     record = json.loads((tmp_path / "pq" / "run.json").read_text())
     assert f"{record['report']['tables']:,}" in out
     assert f"validation AUC {record['valid']['auc']:.5f} (before tuning {record['valid']['auc_untuned']:.5f})" in out
+
+
+def test_compress_shows_what_it_measures(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("leanrec.cli.commands.display", lambda: nullcontext(Log(seconds=0)))
+    out = _done(capsys, "compress", str(base), "--ratio", "4", "--tune-epochs", "0", "--out", str(tmp_path / "small"))
+    starts = [line.partition(":")[0] for line in out.splitlines()]
+    assert starts[0] == "sensitivity of the tables"
+    assert {"sizes of table embedding.tables.user", "table embedding.tables.user"} <= set(starts)
 
 
 def test_compress_takes_a_method_per_table(base, tmp_path, capsys):

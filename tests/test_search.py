@@ -64,6 +64,21 @@ def test_a_killed_search_goes_on_where_it_was(base, tmp_path):
     assert record["trials"] == compress_run(base, tmp_path / "undisturbed", **arguments)["trials"]
 
 
+def test_all_that_a_search_does_between_its_trials_is_told(base, tmp_path):
+    told = []
+    smallest_ratio(
+        base,
+        "VRQ()",
+        max_auc_drop=0.49,
+        seed=0,
+        found=tmp_path / "trials.json",
+        on_trial=lambda trial: told.append("trial"),
+        on_work=lambda what, done, total: told.append(what.split(" ")[0]),
+    )
+    assert list(dict.fromkeys(told)) == ["sensitivity", "sizes", "table", "trial"]
+    assert told.count("table") == 3 * told.count("trial")
+
+
 def test_the_smallest_tables_are_taken_where_all_keep_the_promise(base, tmp_path):
     record = compress_run(base, tmp_path / "small", method="LowRank()", max_auc_drop=0.49, tuning=None)
     smallest = record["trials"][-1]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leanrec import recommender, runs
-from leanrec.compress import compress
+from leanrec.compress import compress, tables
 from leanrec.evaluate import evaluate_run
 from leanrec.methods import PQ
 from leanrec.recommender import compress_tables, open_run, table_counts
@@ -89,7 +89,7 @@ def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(base, tmp_path):
         tmp_path / "small",
         method=method,
         tuning=settings,
-        on_table=lambda *state: tables.append(state),
+        on_work=lambda *state: tables.append(state),
         on_step=lambda state: steps.append(state.step),
     )
     assert tables == []
@@ -97,10 +97,21 @@ def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(base, tmp_path):
     assert record["tuning"] == undisturbed["tuning"]
 
 
+def test_all_that_takes_long_before_the_tuning_is_told(base, tmp_path):
+    told = []
+    compress_run(base, tmp_path / "small", method="VRQ()", ratio=6, tuning=None, on_work=lambda *state: told.append(state))
+    assert told[0][:2] == ("sensitivity of the tables", 0)
+    paths = list(tables(open_run(base).model))
+    assert [state for state in told if state[0] != "sensitivity of the tables"] == [
+        *((f"sizes of table {path}", done, 3) for done, path in enumerate(paths, start=1)),
+        *((f"table {path}", done, 3) for done, path in enumerate(paths, start=1)),
+    ]
+
+
 def test_a_finished_compression_is_not_repeated(base, tmp_path):
     first = compress_run(base, tmp_path / "small", method="Scalar()", tuning=None)
     tables = []
-    assert compress_run(base, tmp_path / "small", method="Scalar()", tuning=None, on_table=lambda *state: tables.append(state)) == first
+    assert compress_run(base, tmp_path / "small", method="Scalar()", tuning=None, on_work=lambda *state: tables.append(state)) == first
     assert tables == []
 
 
@@ -147,7 +158,7 @@ def test_runs_of_different_logs_cannot_be_compared(small_log, base, tmp_path):
 def test_a_ratio_of_the_linear_layers_out_of_reach_is_said_before_anything_is_fitted(base, tmp_path):
     seen = []
     with pytest.raises(ValueError, match=r"ratio=500 cannot be met"):
-        compress_run(base, tmp_path / "small", method="Scalar()", dense_ratio=500, on_table=lambda *state: seen.append(state))
+        compress_run(base, tmp_path / "small", method="Scalar()", dense_ratio=500, on_work=lambda *state: seen.append(state))
     assert seen == [] and not list(tmp_path.iterdir())
 
 

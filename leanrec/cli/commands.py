@@ -265,7 +265,7 @@ def compress(
             tuning=tuning,
             seed=seed,
             on_trial=lambda trial: shown.line(_trial(trial, max_auc_drop)),
-            on_table=lambda table, done, total: shown.work(f"table {table}", done, total),
+            on_work=shown.work,
             on_step=show_training(shown, lambda: Path(runs.load(run)["recommender"]["data"]), batch_size=TUNING.batch_size, epochs=tune_epochs),
         )
     typer.echo(size_report(open_run(out)))
