@@ -89,6 +89,18 @@ def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_a
         assert result["size"]["opponent"] == min(as_good, default=None)
 
 
+def test_the_page_looks_for_the_opponent_among_all_results_that_there_are_now(suite, tmp_path):
+    shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")
+    row = next(line for line in readme(tmp_path).splitlines() if "`PQ() at 20x`" in line)
+    assert not row.endswith(" 1,234 |")
+    (tmp_path / "results" / "other").mkdir()
+    for path in (tmp_path / "results" / "tiny").glob("*Full-d8-*.json"):
+        later = json.loads(path.read_text())
+        later["size"]["tables"], later["quality"]["auc"] = 1234, 0.99
+        (tmp_path / "results" / "other" / path.name).write_text(json.dumps(later))
+    assert next(line for line in readme(tmp_path).splitlines() if "`PQ() at 20x`" in line).endswith(" 1,234 |")
+
+
 def test_smaller_models_of_earlier_results_are_not_taken_for_the_method_of_that_name(tmp_path):
     earlier = {"run": {"family": "SmallDim", "method": "SmallDim(embedding_dim=4)", "embedding_dim": 4}}
     method = {"run": {"family": "SmallDim", "method": "SmallDim(small_dim=4)", "embedding_dim": 32}}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from leanrec.bench.run import read_results
+from leanrec.bench.run import read_suites
 from leanrec.bench.table import Result, difference, grouped, mean
 from leanrec.methods import METHODS, Method, Table, parse
 
@@ -38,9 +38,10 @@ def write_methods_page(folder: Path) -> Path:
 
 def methods_page(folder: Path) -> str:
     """What `METHODS.md` has to say."""
-    results = [result for result in read_results(folder / "results" / SUITE) if result["run"]["ratio"] == RATIO]
+    suites = read_suites(folder / "results")
+    results = [result for result in suites.get(SUITE, []) if result["run"]["ratio"] == RATIO]
     # A method that was never measured has no place on a page of measurements.
-    measured = {result["run"]["family"] for suite in (folder / "results").iterdir() for result in read_results(suite)}
+    measured = {result["run"]["family"] for suite in suites.values() for result in suite}
     logs = sorted({result["run"]["dataset"] for result in results})
     columns = ["method", "source", "knob", "takes", "ways", "look-up", *(f"AUC difference on {log}" for log in logs)]
     lines = [HEADER, f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,12 +98,12 @@ def run_cell(job: tuple[Cell, Folders]) -> Path:
     runs.reset_peak_memory()
     runs.commit()  # now: files may change while the run goes on
     cell, folders = job
+    folders.results.mkdir(parents=True, exist_ok=True)
     full_run = _train_folder(cell, folders, cell.experiment.embedding_dim)
     if cell.from_scratch:
         result = _scratch_result(cell, folders, full_run)
     else:
         result = _trained_result(cell, folders, full_run) if cell.is_trained else _compressed_result(cell, folders, full_run)
-    folders.results.mkdir(parents=True, exist_ok=True)
     path = folders.results / cell.file_name
     runs.write_atomically(path, json.dumps(result, indent=1) + "\n")
     return path
@@ -205,11 +205,10 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
         "model_full": full_sizes.model,
         "file": file.stat().st_size,
         "vocabulary": vocabulary_nbytes(full.data),
-        "opponent": _opponent(cell, folders, quality["auc"]),
     }
     batch = next(Loader(full.data, "test", full.schema, batch_size=SPEED_BATCH).batches())
     speed, full_speed = lookups_per_second([recommender.model, full.model], batch.features)
-    return {
+    result = {
         "run": {
             "suite": folders.results.name,
             "experiment": cell.experiment.name,
@@ -233,20 +232,24 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
         "versions": runs.versions(),
         "commit": runs.commit(),
     }
+    known = [other for results in read_suites(folders.results.parent).values() for other in results]
+    return {**result, "size": {**size, "opponent": opponent(result, known)}}
 
 
-def _opponent(cell: Cell, folders: Folders, quality: float) -> int | None:
+def opponent(result: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> int | None:
     """Bytes of the tables of the smallest plain model of the same log, backbone and seed that is at least as good; None if none is."""
-    results = read_results(folders.results)
-    same = [
-        result for result in results if _place(result) == (cell.experiment.dataset, cell.backbone, cell.seed) and result["run"]["family"] in PLAIN
-    ]
-    return min((result["size"]["tables"] for result in same if result["quality"]["auc"] >= quality), default=None)
+    plain = [other for other in results if other["run"]["family"] in PLAIN and _place(other) == _place(result)]
+    return min((other["size"]["tables"] for other in plain if other["quality"]["auc"] >= result["quality"]["auc"]), default=None)
 
 
 def _place(result: Mapping[str, Any]) -> tuple[str, str, int]:
     run = result["run"]
     return run["dataset"], run["backbone"], run["seed"]
+
+
+def read_suites(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Name of each suite with a folder in this one -> its results."""
+    return {suite.name: read_results(suite) for suite in sorted(folder.iterdir()) if suite.is_dir()}
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

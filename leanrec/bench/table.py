@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
-from leanrec.bench.run import read_results
+from leanrec.bench.run import opponent, read_suites
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
 
@@ -26,8 +26,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
 - **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **look-ups**: ids that the
   tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process. Settings are chosen on validation
-  data; the test split is read once per run. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in 8 or 4 bits, rare rows
-  dropped) of the same log and seed whose AUC is as high: what the method has to beat. none: no plain model is as good.
+  data; the test split is read once per run. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in few bits, rare rows
+  dropped) of the same log, backbone and seed, in any suite, whose AUC is as high: what the method has to beat. none: no plain model is as good.
 """
 
 
@@ -40,9 +40,10 @@ def write_readme(folder: Path) -> Path:
 
 def readme(folder: Path) -> str:
     """What `README.md` has to say."""
-    parts = [HEADER]
-    for suite in sorted(path for path in (folder / "results").iterdir() if path.is_dir()):
-        parts += [f"## {suite.name}\n", *(_experiment(group, folder, suite.name) for group in grouped(read_results(suite), _experiment_key))]
+    parts, suites = [HEADER], read_suites(folder / "results")
+    known = [result for results in suites.values() for result in results]
+    for suite, results in suites.items():
+        parts += [f"## {suite}\n", *(_experiment(group, folder, suite, known) for group in grouped(results, _experiment_key))]
     return "\n".join(parts)
 
 
@@ -52,14 +53,13 @@ def write_plots(folder: Path) -> list[Path]:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    suites = sorted(path for path in (folder / "results").iterdir() if path.is_dir())
-    groups = [(suite.name, group) for suite in suites for group in grouped(read_results(suite), _experiment_key)]
+    groups = [(suite, group) for suite, results in read_suites(folder / "results").items() for group in grouped(results, _experiment_key)]
     compared = [(suite, group) for suite, group in groups if len({result["run"]["family"] for result in group}) > 2]
     return [_plot(group, folder / _picture(suite, group)) for suite, group in compared]
 
 
-def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
-    """A heading and a table, the full model first, then by family and falling size."""
+def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequence[Result]) -> str:
+    """A heading and a table, the full model first, then by family and falling size; opponents are looked for among the `known`."""
     run, seeds = results[0]["run"], sorted({result["run"]["seed"] for result in results})
     full = [result for result in results if result["run"]["family"] == FULL]
     title = f"### {run['experiment']}: {run['backbone']} on {run['dataset']}\n"
@@ -85,10 +85,10 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str) -> str:
     groups = sorted(grouped(results, _method_key), key=lambda group: (_order(group[0]), -mean(group, "size", "tables")))
     picture = _picture(suite, results)
     image = f"\n![AUC over bytes]({picture})\n" if (folder / picture).exists() else ""
-    return "\n".join([title, about, head, *(_row(group, num_seeds=len(seeds)) for group in groups), image])
+    return "\n".join([title, about, head, *(_row(group, known, num_seeds=len(seeds)) for group in groups), image])
 
 
-def _row(results: Sequence[Result], *, num_seeds: int) -> str:
+def _row(results: Sequence[Result], known: Sequence[Result], *, num_seeds: int) -> str:
     """One method at one size, over its seeds; where runs are missing, it says how many there are."""
     run, size = results[0]["run"], mean(results, "size", "tables")
     name = (
@@ -112,18 +112,18 @@ def _row(results: Sequence[Result], *, num_seeds: int) -> str:
         f"{mean(results, 'seconds', 'fit'):.1f}",
         f"{mean(results, 'seconds', 'tune'):.1f}",
         _speed(results),
-        _opponent(results),
+        _opponent(results, known),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-def _opponent(results: Sequence[Result]) -> str:
+def _opponent(results: Sequence[Result], known: Sequence[Result]) -> str:
     """Mean bytes of the smallest plain tables that are as good; of a plain model itself, nothing."""
     if results[0]["run"]["family"] in PLAIN or results[0]["run"].get("dense_ratio"):
         return ""
-    sizes = [result["size"]["opponent"] for result in results]
-    known = [size for size in sizes if size is not None]
-    return f"{fmean(known):,.0f}" + (f" in {len(known)} of {len(sizes)}" if len(known) < len(sizes) else "") if known else "none"
+    sizes = [opponent(result, known) for result in results]
+    found = [size for size in sizes if size is not None]
+    return f"{fmean(found):,.0f}" + (f" in {len(found)} of {len(sizes)}" if len(found) < len(sizes) else "") if found else "none"
 
 
 def _speed(results: Sequence[Result]) -> str:
