@@ -138,6 +138,10 @@ class Table(nn.Module, ABC):
         """The table as the look-up kernel reads it, where it has a layout that the kernel knows and `lookup` answers the same; else None."""
         return None
 
+    def held(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Its own parameters and buffers by name, for `coded`: to find one as an attribute takes `nn.Module` as long as reading a row."""
+        return self._parameters, self._buffers
+
     def penalty(self) -> Tensor | float:
         """A term that training adds to its loss; 0 where the method has none."""
         return 0.0

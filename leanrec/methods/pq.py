@@ -99,7 +99,8 @@ class PQTable(Table):
         return self._words(self._codes(ids))
 
     def coded(self) -> fused.Coded | None:
-        return fused.concat(self.packed_codes, self.codebooks, self.num_bits)
+        parameters, buffers = self.held()
+        return fused.concat(buffers["packed_codes"], parameters["codebooks"], self.num_bits, self.embedding_dim)
 
     def codes(self) -> Tensor:
         """The centroid of each part of each row: (V, M) int64."""

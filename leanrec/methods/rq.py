@@ -99,7 +99,8 @@ class RQTable(Table):
         return sum_words(self._codes(ids), self.codebooks)
 
     def coded(self) -> fused.Coded | None:
-        return fused.sums(self.packed_codes, self.codebooks, self.num_bits)
+        parameters, buffers = self.held()
+        return fused.sums(buffers["packed_codes"], parameters["codebooks"], self.num_bits, self.embedding_dim)
 
     def codes(self) -> Tensor:
         """The centroid of each level of each row: (V, L) int64."""

@@ -181,16 +181,17 @@ class VRQTable(Table):
         return self.mean + (words * present.unsqueeze(2)).sum(1)
 
     def coded(self) -> fused.Coded | None:
-        ranks = None if self.order.sorted_rows else self.order.packed_ranks
+        parameters, buffers = self.held()
         return fused.levels(
-            self.packed_codes,
+            buffers["packed_codes"],
             self.num_bits,
-            mean=self.mean,
-            borders=self.borders,
-            packed_words=self.packed_words,
-            scales=self.scales,
-            packed_ranks=ranks,
-            rank_bits=self.order.num_bits,
+            mean=parameters["mean"],
+            borders=buffers["borders"],
+            packed_words=buffers["packed_words"],
+            scales=buffers["scales"],
+            packed_ranks=None if self.method.sorted_rows else self.order.packed_ranks,
+            rank_bits=0 if self.method.sorted_rows else self.order.num_bits,
+            width=self.embedding_dim,
         )
 
     def lengths(self) -> Tensor:

@@ -272,6 +272,11 @@ struct Call {
     bool mean;
     uintptr_t out;
     int64_t width, num_threads;
+
+    Call(uintptr_t ids, bool long_ids, int64_t num_ids, int64_t num_rows, int64_t padding, uintptr_t offsets, uintptr_t weights, int64_t num_bags,
+         bool mean, uintptr_t out, int64_t width, int64_t num_threads)
+        : ids(ids), long_ids(long_ids), num_ids(num_ids), num_rows(num_rows), padding(padding), offsets(offsets), weights(weights),
+          num_bags(num_bags), mean(mean), out(out), width(width), num_threads(num_threads) {}
 };
 
 template <class Id, class Reader>
@@ -382,11 +387,8 @@ FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t pad
 }  // namespace
 
 NB_MODULE(_kernel, m) {
-    nb::class_<Call>(m, "Call");
-    m.def("call", [](uintptr_t ids, bool long_ids, int64_t num_ids, int64_t num_rows, int64_t padding, uintptr_t out, int64_t width, int64_t num_threads,
-                     uintptr_t offsets, int64_t num_bags, uintptr_t weights, bool mean) {
-        return Call{ids, long_ids, num_ids, num_rows, padding, offsets, weights, num_bags, mean, out, width, num_threads};
-    });
+    nb::class_<Call>(m, "Call").def(
+        nb::init<uintptr_t, bool, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, int64_t, int64_t>());
     m.def("concat", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
         nb::gil_scoped_release release;
         return run(call, Concat{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books});

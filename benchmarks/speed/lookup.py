@@ -1,0 +1,190 @@
+"""Look-ups in compressed tables against `torch.nn.functional.embedding` on the float32 table.
+
+`python benchmarks/speed/lookup.py` measures all; `python benchmarks/speed/lookup.py large small one_row deepfm` some. Needs 8 GB of memory.
+Codes are random, which takes the kernel as long as any others; the levels of VRQ end as those of fitted tables do, fewer and fewer rows having more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import record
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanrec.data.schema import Field, Schema
+from leanrec.methods import PQ, RQ, VRQ, Method, Scalar, Table
+from leanrec.models import build
+from leanrec.ops import fused
+
+BATCH = 65_536
+COLUMNS = 64
+BATCHES = 16  # different ones, so that no cache learns them
+
+
+def main() -> None:
+    """Run the parts that are named, or all."""
+    parts = {"large": large, "small": small, "one_row": one_row, "deepfm": deepfm}
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("parts", nargs="*", default=list(parts), metavar=f"{{{','.join(parts)}}}")
+    arguments.add_argument("--threads", type=int, default=2)
+    given = arguments.parse_args()
+    torch.set_num_threads(given.threads)
+    with torch.no_grad():
+        for part in given.parts:
+            parts[part]()
+
+
+def large() -> None:
+    """A table of 5 GB against about 50 times smaller ones."""
+    methods = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "vrq": VRQ(codes_per_1000_rows=6800, num_levels=16)}
+    _compare("lookup_large", 20_000_000, methods, bar=4, repeats=30)
+
+
+def small() -> None:
+    """A table that fits the cache."""
+    methods = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "vrq": VRQ(codes_per_1000_rows=4000, num_levels=16), "int8": Scalar()}
+    _compare("lookup_small", 10_000, methods, bar=1, repeats=60)
+
+
+def one_row() -> None:
+    """The latency of a single id, as a module is called."""
+    rows = 1_000_000
+    full = _full(rows)
+    tables = {name: _table(method, rows) for name, method in {"pq": PQ(), "rq": RQ(), "vrq": VRQ(), "int8": Scalar()}.items()}
+    ids = [torch.randint(rows, (1,), generator=_seeded(1)) for _ in range(1000)]
+    jobs = {"embedding": _each(lambda each: F.embedding(each, full), ids)} | {name: _each(table, ids) for name, table in tables.items()}
+    medians = record.median_seconds(jobs, repeats=41)
+    for name in tables:
+        _write(
+            "lookup_one_row_" + name,
+            medians,
+            "embedding",
+            name,
+            bar=1,
+            unit="us a look-up",
+            scale=1e6 / len(ids),
+            setting={"rows": rows, "columns": COLUMNS},
+        )
+
+
+def deepfm() -> None:
+    """The whole forward pass of DeepFM with 26 tables."""
+    rows, columns, batch = 1_000_000, 32, 4096
+    schema = Schema(
+        label="label", fields=tuple(Field(name=f"c{number}", kind="categorical", vocabulary=f"c{number}", num_embeddings=rows) for number in range(26))
+    )
+    full = build("deepfm", schema, embedding_dim=columns).eval()
+    batches = [{f"c{number}": _zipf(rows, batch, seed=number + 100 * turn) for number in range(26)} for turn in range(BATCHES)]
+    methods = {"pq": PQ(num_subspaces=2), "rq": RQ(num_levels=2), "vrq": VRQ(codes_per_1000_rows=3200, num_levels=16)}
+    jobs: dict[str, Callable[[], Any]] = {"full": _next(full, batches)}
+    for name, method in methods.items():
+        model = build("deepfm", schema, embedding_dim=columns).eval()
+        model.embedding.tables = nn.ModuleDict({key: _table(method, rows, columns=columns, padding=0) for key in model.embedding.tables})
+        jobs[name] = _next(model, batches)
+    medians = record.median_seconds(jobs, repeats=40, warm_ups=4)
+    for name, method in methods.items():
+        setting = {"tables": 26, "rows": rows, "columns": columns, "batch": batch, "method": repr(method), "ids": "Zipf"}
+        _write("deepfm_forward_" + name, medians, "full", name, bar=1.5, unit="ms", scale=1e3, setting=setting)
+
+
+def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, repeats: int) -> None:
+    """Batches of uniform and of Zipf ids in turn, one median over both."""
+    full = _full(rows)
+    batches = [draw(rows, BATCH, seed=turn) for turn in range(BATCHES) for draw in (_uniform, _zipf)]
+    for name, method in methods.items():
+        table = _table(method, rows)
+        jobs = {
+            "embedding": _pair(lambda ids: F.embedding(ids, full), batches),
+            "kernel": _pair(table, batches),
+            "torch": _pair(_by_torch(table), batches),
+        }
+        medians = record.median_seconds(jobs, repeats=repeats, warm_ups=3)
+        setting = {"rows": rows, "columns": COLUMNS, "batch": BATCH, "method": repr(method), "ids": "uniform and Zipf in turn"}
+        setting["times smaller"] = round(rows * COLUMNS * 4 / table.nbytes, 1)
+        _write(f"{title}_{name}", medians, "embedding", "kernel", bar=bar, unit="ms for two batches", scale=1e3, setting=setting)
+
+
+def _write(name: str, seconds: dict[str, float], other: str, ours: str, *, bar: float, unit: str, scale: float, setting: dict[str, Any]) -> None:
+    shown = {f"{key} {unit}": value * scale for key, value in seconds.items() if key in (other, ours, "torch")}
+    against = "F.embedding on the float32 table" if other == "embedding" else "the same model with float32 tables"
+    record.write(
+        name, ratio=seconds[other] / seconds[ours], bar=bar, against=against, medians=shown, setting={**setting, "threads": torch.get_num_threads()}
+    )
+
+
+def _full(rows: int) -> Tensor:
+    """A float32 table of which every page is there."""
+    return torch.zeros(rows, COLUMNS).add_(0.01)
+
+
+def _table(method: Method, rows: int, *, columns: int = COLUMNS, padding: int | None = None) -> Table:
+    table = method.build(rows, columns, generator=_seeded(0)).eval()
+    table.padding_idx = padding
+    if isinstance(method, VRQ):
+        table.borders.copy_(torch.tensor(_falling_borders(rows, method.num_levels, int(table.borders.sum()))))
+    assert fused.takes(table.coded(), torch.arange(1)), "the kernel is not built"
+    return table
+
+
+def _falling_borders(rows: int, num_levels: int, num_codes: int) -> list[int]:
+    """Borders of a geometric fall that make use of all codes."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        fall = (low + high) / 2
+        low, high = (fall, high) if sum(int(rows * fall**level) for level in range(num_levels)) <= num_codes else (low, fall)
+    return [int(rows * low**level) for level in range(num_levels)]
+
+
+def _by_torch(table: Table) -> Callable[[Tensor], Tensor]:
+    def read(ids: Tensor) -> Tensor:
+        with fused.plain_torch():
+            return table(ids)
+
+    return read
+
+
+def _pair(read: Callable[[Tensor], Any], batches: list[Tensor]) -> Callable[[], None]:
+    """A job of two batches, the next ones at each call."""
+    turns: Iterator[Tensor] = itertools.cycle(batches)
+
+    def job() -> None:
+        read(next(turns))
+        read(next(turns))
+
+    return job
+
+
+def _next(read: Callable[[Any], Any], batches: list[Any]) -> Callable[[], None]:
+    turns = itertools.cycle(batches)
+    return lambda: read(next(turns))
+
+
+def _each(read: Callable[[Tensor], Any], batches: list[Tensor]) -> Callable[[], None]:
+    def job() -> None:
+        for ids in batches:
+            read(ids)
+
+    return job
+
+
+def _uniform(rows: int, count: int, *, seed: int) -> Tensor:
+    return torch.randint(rows, (count,), generator=_seeded(seed))
+
+
+def _zipf(rows: int, count: int, *, seed: int) -> Tensor:
+    """Ids that occur in proportion to 1 / (id + 1)."""
+    shares = torch.rand(count, generator=_seeded(seed), dtype=torch.float64)
+    return ((rows + 1.0) ** shares - 1).long().clamp(max=rows - 1)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+if __name__ == "__main__":
+    main()
