@@ -75,13 +75,9 @@ class TableBag(nn.Module):
     def _pool_at_once(self, input: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor | None:
         """As `forward` by the look-up kernel; None where it cannot, or the call is one that torch will refuse."""
         coded = self.table.coded()
-        if (
-            coded is None
-            or not fused.takes(coded, input)
-            or torch.compiler.is_compiling()
-            or self.mode == "max"
-            or self.table.padding_idx is not None
-        ):
+        if coded is None or not input.is_cpu or not fused.takes(coded, input) or torch.compiler.is_compiling():
+            return None
+        if self.mode == "max" or self.table.padding_idx is not None:
             return None
         if torch.is_grad_enabled() and (coded.tensors[0].requires_grad or (weights is not None and weights.requires_grad)):
             return None

@@ -1,11 +1,13 @@
-"""Look-ups in coded tables at one go, by the C++ kernel (`kernel.cpp`), as torch operators that `torch.compile` and `torch.export` see through.
+"""Look-ups in coded tables at one go, as torch operators that `torch.compile` and `torch.export` see through.
 
-The kernel works on float32 tables on a CPU. Where it was not built, or a table is somewhere else, tables are read by torch, by their `lookup`.
+On a CPU by the C++ kernel (`kernel.cpp`), on a GPU by the Triton one (`fused_gpu.py`), both for float32 tables. Where the kernel is not
+there, or a table is of another precision, tables are read by torch, by their `lookup`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanrec.ops.packing import unpack_rows
+
 _kernel: Any
 try:
     _kernel = importlib.import_module("leanrec.ops._kernel")
@@ -21,6 +25,7 @@ except ImportError:
     _kernel = None
 
 _FINE, _BAD_BORDERS, _BAD_OFFSETS = -1, -2, -3  # what the kernel answers beside the place of an id out of range
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _enabled = True
 
 
@@ -80,12 +85,15 @@ def scaled(packed_codes: Tensor, scales: Tensor, num_bits: int, *, group_size: i
 
 
 def takes(coded: Coded, ids: Tensor) -> bool:
-    """Whether the kernel answers for these ids: it was built, and all is on a CPU in the precision that it knows."""
-    if _kernel is None:
-        _say_not_built()
-        return False
+    """Whether a kernel answers for these ids: it is there for their device, and the table has the precision that it knows."""
     values = coded.tensors[0]
-    return _enabled and ids.is_cpu and values.is_cpu and values.dtype == (torch.float16 if coded.layout == "scaled" else torch.float32)
+    if not _enabled or values.dtype != (torch.float16 if coded.layout == "scaled" else torch.float32):
+        return False
+    if ids.is_cpu and values.is_cpu:
+        if _kernel is None:
+            _say_not_built()
+        return _kernel is not None
+    return ids.is_cuda and values.is_cuda and _HAS_TRITON
 
 
 def rows(coded: Coded, ids: Tensor, *, num_rows: int, padding: int | None) -> Tensor:
@@ -93,7 +101,7 @@ def rows(coded: Coded, ids: Tensor, *, num_rows: int, padding: int | None) -> Te
 
     Args:
         coded: The table.
-        ids: On the CPU.
+        ids: On the device of the table.
         num_rows: V.
         padding: The id for which zeros are answered.
 
@@ -101,14 +109,15 @@ def rows(coded: Coded, ids: Tensor, *, num_rows: int, padding: int | None) -> Te
         IndexError: An id outside [0, V).
     """
     skipped = -1 if padding is None else padding
-    if torch.compiler.is_compiling() or type(ids) is not Tensor or (coded.tensors[0].requires_grad and torch.is_grad_enabled()):
+    learns = coded.tensors[0].requires_grad and torch.is_grad_enabled()
+    if learns or torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.is_cpu:
         flat = _rows(ids.reshape(-1), coded.tensors, coded.numbers, coded.layout, coded.width, num_rows, skipped)
         return flat.view(*ids.shape, coded.width)
     return _read(ids, coded, num_rows, skipped)
 
 
 def bags(coded: Coded, ids: Tensor, offsets: Tensor, *, num_rows: int, padding: int | None, mean: bool, weights: Tensor | None = None) -> Tensor:
-    """Sums or means of the rows of bags, without a gradient: (N,) int, (B + 1,) int64 -> (B, D) float32.
+    """Sums or means of the rows of bags on a CPU, without a gradient: (N,) int, (B + 1,) int64 -> (B, D) float32.
 
     Args:
         coded: The table.
@@ -206,7 +215,11 @@ _CALLS = {"concat": _call_books("concat"), "sum": _call_books("sum"), "levels": 
 
 @torch.library.custom_op("leanrec::rows", mutates_args=())
 def _rows(ids: Tensor, tensors: list[Tensor], numbers: list[int], layout: str, width: int, num_rows: int, padding: int) -> Tensor:
-    return _read(ids, Coded(layout, tensors, numbers, width), num_rows, padding)
+    if ids.is_cpu:
+        return _read(ids, Coded(layout, tensors, numbers, width), num_rows, padding)
+    from leanrec.ops import fused_gpu  # Triton takes a while to import
+
+    return fused_gpu.rows(ids, tensors, numbers, layout, width, num_rows, padding)
 
 
 @_rows.register_fake
@@ -222,6 +235,11 @@ def _rows_gradient(grad: Tensor, ids: Tensor, tensors: list[Tensor], numbers: li
         return grad.masked_fill((ids == padding).unsqueeze(1), 0.0).sum(0)
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     num_books, num_words, width = values.shape
+    if not ids.is_cpu:
+        codes = unpack_rows(packed_codes, ids, num_books, numbers[0]) + torch.arange(0, num_books * num_words, num_words, device=ids.device)
+        grad = grad.masked_fill((ids == padding).unsqueeze(1), 0.0)
+        parts = grad.view(-1, width) if layout == "concat" else grad.repeat_interleave(num_books, dim=0)
+        return out.view(-1, width).index_add_(0, codes.flatten(), parts).view_as(out)
     _kernel.gradients(
         ids.data_ptr(),
         len(ids),
