@@ -84,12 +84,13 @@ class Sizes:
         sensitivities: Mapping[str, Sensitivity] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        self._method, self._chosen, self._groups = method, choose(model, method), table_groups(model)
+        self._method, self._groups = method, table_groups(model)
         self._counts, self._sensitivities = group_counts(self._groups, counts), group_sensitivities(self._groups, sensitivities)
+        self._chosen = {path: chosen and chosen.for_counts(self._counts.get(path)) for path, chosen in choose(model, method).items()}
         found = tables(model)
         self._owners = {path: first for first, group in self._groups.items() for path in group if path in found}
         self.full = sum(group_nbytes_full(group) for group in self._groups.values())
-        self.least = least_nbytes(model, method)
+        self.least = _least_nbytes(self._groups, self._chosen)
         self._progress = progress
 
     def plan(self, *, nbytes: int | None = None, ratio: float | None = None) -> dict[str, Method | None]:
@@ -120,7 +121,10 @@ class Sizes:
 
 def least_nbytes(model: nn.Module, method: Method | Mapping[str, Method | None]) -> int:
     """The fewest bytes of all tables together that `fit_budget` can reach; for the arguments and errors see there."""
-    chosen, groups = choose(model, method), table_groups(model)
+    return _least_nbytes(table_groups(model), choose(model, method))
+
+
+def _least_nbytes(groups: Mapping[str, Group], chosen: Mapping[str, Method | None]) -> int:
     return sum(min(nbytes for _, nbytes in _sizes(path, group, chosen[path])) for path, group in groups.items())
 
 

@@ -68,7 +68,7 @@ def compress(
     methods = choose(model, method)
     row_counts, row_sensitivities = group_counts(groups, counts), group_sensitivities(groups, sensitivities)
     jobs = {path: chosen for path, chosen in methods.items() if chosen is not None and not _has_method(groups[path], chosen)}
-    _check(model, {path: groups[path] for path in jobs}, jobs, way="fit" if fit else "scratch")
+    _check(model, {path: groups[path] for path in jobs}, jobs, row_counts, way="fit" if fit else "scratch")
     for done, (path, chosen) in enumerate(jobs.items(), start=1):
         with naming(path, groups[path][path]):
             model = _swap(model, groups.pop(path), chosen, row_counts.get(path), row_sensitivities.get(path), _generator(seed, path), fit=fit)
@@ -163,7 +163,7 @@ def _has_method(group: Group, method: Method) -> bool:
     return isinstance(held, Table) and held.method == method
 
 
-def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, Method], *, way: str) -> None:
+def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, Method], counts: Mapping[str, Tensor], *, way: str) -> None:
     """Raise ValueError for the first table that cannot be compressed as asked."""
     ties = _ties(model, groups)
     for path, group in groups.items():
@@ -184,6 +184,7 @@ def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, 
             raise ValueError(f"{name}: {type(methods[path]).__name__} cannot {how}: {methods[path].gaps[way]}.")
         with naming(path, group[path]):
             methods[path].nbytes(group[path].num_embeddings, group[path].embedding_dim)
+            methods[path].check_counts(counts.get(path))
 
 
 def _exempt(path: str) -> str:

@@ -1,6 +1,7 @@
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from leanrec.budget import Option, fit_budget, lower_hull, spend
 from leanrec.compress import compress, tables
-from leanrec.methods import METHODS
+from leanrec.methods import METHODS, MGQE, CpRec, DropRare
 from leanrec.methods.full import Full
 from leanrec.methods.pq import PQ
 from leanrec.methods.vrq import VRQ
@@ -175,10 +176,16 @@ def test_pattern_without_a_table_is_an_error():
         fit_budget(model(user=1.0), {"usr": PQ()}, ratio=2)
 
 
-def test_ids_that_are_not_sorted_by_popularity_are_an_error_that_names_the_table():
+@pytest.mark.parametrize("method", [VRQ(), MGQE(), DropRare(), CpRec()], ids=repr)
+def test_the_order_of_ids_that_are_not_sorted_by_popularity_is_stored_within_the_budget(method):
     counts = {"user": torch.arange(400, 0, -1), "item": torch.arange(400)}
-    with pytest.raises(ValueError, match=r"^Table 'item' \(400 x 8\): the counts do not fall with the row number.*Set sorted_rows=False"):
-        fit_budget(model(user=1.0, item=1.0), VRQ(), ratio=8, counts=counts)
+    network = model(user=1.0, item=1.0)
+    plan = fit_budget(network, method, ratio=6, counts=counts)
+    assert plan["user"].sorted_rows and not plan["item"].sorted_rows
+    assert report(compress(network, plan, counts=counts)).ratio >= 6
+    assert fit_budget(model(item=1.0), replace(method, sorted_rows=False), ratio=6, counts={"item": counts["item"]}) == {
+        "item": fit_budget(model(item=1.0), method, ratio=6, counts={"item": counts["item"]})["item"]
+    }
 
 
 @pytest.mark.parametrize("ratio", [10, 50, 100, 1000])

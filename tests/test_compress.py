@@ -121,8 +121,10 @@ def test_method_that_does_not_fit_names_table_value_and_choices():
 
 
 def test_ids_that_are_not_sorted_by_popularity_are_an_error_that_names_the_table():
-    with pytest.raises(ValueError, match=r"^Table 'user' \(100 x 8\): the counts do not fall with the row number.*Set sorted_rows=False"):
-        compress(Model(), VRQ(), counts={"user": torch.arange(100)})
+    model = Model()
+    with pytest.raises(ValueError, match=r"^Table 'nested.item' \(60 x 8\): the counts do not fall with the row number.*Set sorted_rows=False"):
+        compress(model, VRQ(), counts={"user": torch.arange(100, 0, -1), "nested.item": torch.arange(60)})
+    assert type(model.user) is nn.Embedding  # nothing was touched
     with pytest.raises(ValueError, match=r"^Table 'user' \(100 x 8\): the counts do not fall with the row number"):
         compress(Model(), CpRec(), counts={"user": torch.arange(100)}, fit=False)
 

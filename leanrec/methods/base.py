@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from leanrec.methods.order import RowOrder
+from leanrec.methods.order import RowOrder, check_sorted
 from leanrec.ops import fused
 from leanrec.ops.sensitivity import Sensitivity
 from leanrec.ops.spread import Spread
@@ -61,6 +61,20 @@ class Method(ABC):
     def uses_sensitivity(self) -> bool:
         """Whether a fit gains from knowing how much the loss depends on each row: see `Table.weigh`."""
         return False
+
+    def check_counts(self, counts: Tensor | None) -> None:
+        """Raise ValueError if these settings do not fit a table whose ids occur so often, (V,) int: rows should be sorted and are not."""
+        if counts is not None and getattr(self, "sorted_rows", False):
+            check_sorted(counts)
+
+    def for_counts(self, counts: Tensor | None) -> Method:
+        """The same settings, or, where they do not fit these counts, with the order of the rows stored."""
+        try:
+            self.check_counts(counts)
+        except ValueError:
+            settings: dict[str, Any] = {"sorted_rows": False}
+            return replace(self, **settings)
+        return self
 
     def with_knob(self, value: int) -> Self:
         """The same settings with another value of the knob."""

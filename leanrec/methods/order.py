@@ -39,7 +39,7 @@ class RowOrder(nn.Module):
         if counts is None:
             return
         if self.sorted_rows:
-            self._check_sorted(counts.cpu())
+            check_sorted(counts)
             return
         ranks = torch.empty(self.num_embeddings, dtype=torch.int64)
         ranks[counts.cpu().argsort(descending=True, stable=True)] = torch.arange(self.num_embeddings)
@@ -55,17 +55,18 @@ class RowOrder(nn.Module):
         """The inverse: the row of each rank, (V,) int64."""
         return self(torch.arange(self.num_embeddings)).argsort()
 
-    def _check_sorted(self, counts: Tensor) -> None:
-        """Raise ValueError where the first rows are asked for much less than as many popular rows would be."""
-        real = counts[_FIRST_ID:].double()
-        given, best = real.cumsum(0), real.sort(descending=True).values.cumsum(0)
-        sizes = 2 ** torch.arange(4, max(4, len(real).bit_length()))
-        for size in sizes[sizes <= len(real)].tolist():
-            if given[size - 1] < _LEAST_SHARE * best[size - 1]:
-                raise ValueError(
-                    f"the counts do not fall with the row number: the first {size} rows make up {given[size - 1]:.0f} look-ups, the most popular "
-                    f"{size} make up {best[size - 1]:.0f}. Set sorted_rows=False, which stores the order."
-                )
+
+def check_sorted(counts: Tensor) -> None:
+    """Raise ValueError where, by (V,) int counts, the first rows are asked for much less than as many popular rows would be."""
+    real = counts.cpu()[_FIRST_ID:].double()
+    given, best = real.cumsum(0), real.sort(descending=True).values.cumsum(0)
+    sizes = 2 ** torch.arange(4, max(4, len(real).bit_length()))
+    for size in sizes[sizes <= len(real)].tolist():
+        if given[size - 1] < _LEAST_SHARE * best[size - 1]:
+            raise ValueError(
+                f"the counts do not fall with the row number: the first {size} rows make up {given[size - 1]:.0f} look-ups, the most popular "
+                f"{size} make up {best[size - 1]:.0f}. Set sorted_rows=False, which stores the order."
+            )
 
 
 def order_nbytes(num_embeddings: int, *, sorted_rows: bool) -> int:
