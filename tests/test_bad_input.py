@@ -111,9 +111,10 @@ def test_name_that_tells_no_format(refused, tmp_path):
     assert "--format" in refused("prepare", _write_csv(tmp_path / "clicks"))
 
 
-def test_shares_that_do_not_sum_to_one(refused, tmp_path):
-    line = refused("prepare", _write_csv(tmp_path / "clicks.csv"), "--split", "0.8,0.1")
-    assert "0.8,0.1" in line
+@pytest.mark.parametrize("shares", ["0.8,0.1", "nan,0.1,0.1", "1.2,-0.1,-0.1"])
+def test_shares_that_do_not_sum_to_one(refused, tmp_path, shares):
+    line = refused("prepare", _write_csv(tmp_path / "clicks.csv"), "--split", shares)
+    assert shares in line and "sum to 1" in line
 
 
 def test_shares_that_are_no_numbers(refused, tmp_path):

@@ -70,7 +70,7 @@ class Settings:
             raise ValueError(f"delimiter={self.delimiter!r}: one ASCII character is needed, such as ',' or a tab.")
         if self.columns and self.header:
             raise ValueError("columns= names the columns of files without a header, but header=True. Give one of the two.")
-        if self.split and (min(self.split) <= 0 or abs(sum(self.split) - 1) > 1e-6):
+        if self.split and not (min(self.split) > 0 and abs(sum(self.split) - 1) < 1e-6):  # not: a comparison with NaN is false
             raise ValueError(f"split={','.join(map(str, self.split))}: shares must be above 0 and sum to 1, e.g. 0.8,0.1,0.1.")
 
     def of(self, name: str) -> FieldSettings:
