@@ -10,15 +10,18 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace nb = nanobind;
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if !defined(__x86_64__) || !defined(__linux__) || !defined(__GNUC__) || defined(__clang__)
+#define FOR_EACH_CPU
+#elif __GNUC__ >= 12
 #define FOR_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define FOR_EACH_CPU
+#define FOR_EACH_CPU __attribute__((target_clones("avx2", "default")))
 #endif
 #define INLINE inline __attribute__((always_inline))
 
@@ -347,7 +350,12 @@ template <class Work>
 void share(int64_t count, int64_t num_threads, const Work& work) {
     std::vector<std::thread> threads;
     for (int64_t thread = 1; thread < num_threads; ++thread) {
-        threads.emplace_back([&work, count, thread, num_threads] { work(count * thread / num_threads, count * (thread + 1) / num_threads); });
+        const auto task = [&work, count, thread, num_threads] { work(count * thread / num_threads, count * (thread + 1) / num_threads); };
+        try {
+            threads.emplace_back(task);
+        } catch (const std::system_error&) {  // the system gives no more threads
+            task();
+        }
     }
     work(0, count / std::max<int64_t>(num_threads, 1));
     for (std::thread& thread : threads) thread.join();
