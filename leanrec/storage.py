@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
     """
     path = Path(path)
     tensors, shared = _state(model)
-    header = {
-        "format": "pt",
-        "leanrec": FORMAT_VERSION,
-        "tables": json.dumps(_describe(table_groups(model))),
-        "dense": json.dumps({path: layer.rank for path, layer in factored_layers(model).items()}),
-        "shared": json.dumps(shared),
-        "metadata": json.dumps(dict(metadata or {})),
-    }
+    dense = {path: layer.rank for path, layer in factored_layers(model).items()}
+    header = header_texts(_describe(table_groups(model)), dense=dense, shared=shared, metadata=metadata)
     header["checksum"] = _checksum(tensors, header)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -108,6 +102,59 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(_read_header(Path(path))["metadata"])
 
 
+def header_texts(
+    tables: list[dict[str, Any]],
+    *,
+    dense: Mapping[str, int] | None = None,
+    shared: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
+    """The texts of a file's header but for its checksum.
+
+    Args:
+        tables: Per compressed table, as `describe_table` gives it.
+        dense: Path of each factored layer -> rank.
+        shared: Further names of tensors -> first name.
+        metadata: Notes, JSON values.
+    """
+    return {
+        "format": "pt",
+        "leanrec": FORMAT_VERSION,
+        "tables": json.dumps(tables),
+        "dense": json.dumps(dict(dense or {})),
+        "shared": json.dumps(dict(shared or {})),
+        "metadata": json.dumps(dict(metadata or {})),
+    }
+
+
+def describe_table(table: Table, dtype: torch.dtype, places: Mapping[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """What a header says of a compressed table that answers in `dtype`: path of each of its places -> how it is pooled there, or None."""
+    return {
+        "method": repr(table.method),
+        "num_embeddings": table.num_embeddings,
+        "embedding_dim": table.embedding_dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "padding_idx": table.padding_idx,
+        "fit_error": table.fit_error,
+        "places": dict(places),
+    }
+
+
+def checksum(header: Mapping[str, str], tensors: Iterable[tuple[str, torch.dtype, Sequence[int], Iterable[Any]]]) -> str:
+    """SHA-256 over the texts of the header and over names, dtypes, shapes and bytes of the tensors.
+
+    Args:
+        header: As `header_texts` gives it.
+        tensors: Sorted by name; the bytes of each in pieces, so that it need not be in memory.
+    """
+    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name, dtype, shape, pieces in tensors:
+        digest.update(json.dumps([name, str(dtype), list(shape)]).encode())
+        for piece in pieces:
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Name -> tensor on the CPU, each once; and for its further names, name -> first name."""
     tensors: dict[str, Tensor] = {}
@@ -131,15 +178,7 @@ def _describe(groups: Mapping[str, Group]) -> list[dict[str, Any]]:
     """What `_build` needs to know of each compressed table."""
     held = [(group, unpooled(next(iter(group.values())))) for group in groups.values()]
     return [
-        {
-            "method": repr(table.method),
-            "num_embeddings": table.num_embeddings,
-            "embedding_dim": table.embedding_dim,
-            "dtype": str(_row_dtype(table)).removeprefix("torch."),
-            "padding_idx": table.padding_idx,
-            "fit_error": table.fit_error,
-            "places": {place: _pooling(module) for place, module in group.items()},
-        }
+        describe_table(table, _row_dtype(table), {place: _pooling(module) for place, module in group.items()})
         for group, table in held
         if isinstance(table, Table)
     ]
@@ -157,12 +196,8 @@ def _pooling(module: EmbeddingModule) -> dict[str, Any] | None:
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """SHA-256 over the texts of the header and over names, dtypes, shapes and bytes of the tensors."""
-    digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    plain = ((name, tensor.reshape(-1).view(torch.uint8).numpy().data) for name, tensor in sorted(tensors.items()))
+    return checksum(header, ((name, tensors[name].dtype, tensors[name].shape, [data]) for name, data in plain))
 
 
 def _read_header(path: Path) -> dict[str, str]:

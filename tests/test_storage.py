@@ -84,7 +84,7 @@ def test_loading_makes_no_full_table_and_fits_nothing(tmp_path, monkeypatch):
     allocate = storage._allocate
     monkeypatch.setattr(PQ, "build", watched)
     monkeypatch.setattr(storage, "_allocate", lambda *args: devices.extend(table.codebooks.device.type for table in built) or allocate(*args))
-    monkeypatch.delattr(PQTable, "fit")
+    monkeypatch.delattr(PQTable, "fit_sample")
     load(meta_model(), tmp_path / "m")
     assert len(built) == 2 and devices[:2] == ["meta", "meta"]
 

@@ -65,7 +65,7 @@ class Method(ABC):
     def check_counts(self, counts: Tensor | None) -> None:
         """Raise ValueError if these settings do not fit a table whose ids occur so often, (V,) int: rows should be sorted and are not."""
         if counts is not None and getattr(self, "sorted_rows", False):
-            check_sorted(counts)
+            check_sorted([counts.cpu()], len(counts))
 
     def for_counts(self, counts: Tensor | None) -> Method:
         """The same settings, or, where they do not fit these counts, with the order of the rows stored."""
@@ -75,6 +75,11 @@ class Method(ABC):
             settings: dict[str, Any] = {"sorted_rows": False}
             return replace(self, **settings)
         return self
+
+    @property
+    def streaming_gap(self) -> str | None:
+        """Why a fit cannot go from a sample of the rows to one row after another, as `leanrec.compress_table` does; None where it can."""
+        return "its fit needs all rows at once"
 
     def with_knob(self, value: int) -> Self:
         """The same settings with another value of the knob."""
@@ -226,26 +231,26 @@ class Table(nn.Module, ABC):
         """Bytes as stored: all parameters and buffers of the table's state dict."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of a piece in which a fit reads a weight: a multiple of 8 that makes about 4 MiB, which any machine has to spare."""
+        return max(8, _CHUNK_VALUES // self.embedding_dim // 8 * 8)
+
     def row_chunks(self, weight: Tensor, *, chunk_rows: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """First row and float32 copy of each piece of a weight that may be larger than memory; pieces but the last are multiples of 8 rows.
 
         Args:
             weight: (V, D) float.
-            chunk_rows: Rows of a piece, a multiple of 8; None: as many as make about 4 MiB, which any machine has to spare.
+            chunk_rows: Rows of a piece, a multiple of 8; None: the table's `chunk_rows`.
 
         Raises:
             ValueError: `weight` has another shape than this table, or a value that is not finite.
         """
         self.check_weight(weight)
-        chunk_rows = chunk_rows or max(8, _CHUNK_VALUES // self.embedding_dim // 8 * 8)
+        chunk_rows = chunk_rows or self.chunk_rows
         for start in range(0, self.num_embeddings, chunk_rows):
-            rows = weight[start : start + chunk_rows].detach().float()
-            finite = rows.isfinite().all(1)
-            if not finite.all():
-                raise ValueError(
-                    f"row {start + int(finite.long().argmin())} of the weight holds NaN or infinite values. Fit a weight of finite values."
-                )
-            yield start, rows
+            rows = weight[start : start + chunk_rows].detach()
+            yield start, checked(rows, range(start, start + len(rows)))
 
     def check_weight(self, weight: Tensor) -> None:
         """Raises ValueError unless `weight` has this table's shape."""
@@ -272,8 +277,34 @@ def row_weights(counts: Tensor | None, num_embeddings: int, *, power: float) -> 
     Raises:
         ValueError: `counts` is not one number per row.
     """
+    check_counts(counts, num_embeddings)
     if counts is None:
         return torch.ones(num_embeddings)
-    if counts.shape != (num_embeddings,):
-        raise ValueError(f"counts has shape {tuple(counts.shape)}, but the table has {num_embeddings} rows. Give one count per row.")
     return counts.cpu().float().clamp(min=0.1) ** power
+
+
+def check_counts(counts: Tensor | None, num_embeddings: int) -> None:
+    """Raises ValueError unless `counts` is one number per row."""
+    if counts is not None and counts.shape != (num_embeddings,):
+        raise ValueError(f"counts has shape {tuple(counts.shape)}, but the table has {num_embeddings} rows. Give one count per row.")
+
+
+def checked(rows: Tensor, ids: Sequence[int] | Tensor) -> Tensor:
+    """Rows as float32.
+
+    Args:
+        rows: (N, D) float.
+        ids: N, which rows of the weight these are.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
+    rows = rows.float()
+    # The sum is quick to take and not finite if any value is not; a finite weight of huge values may overflow it, so a second look decides.
+    if rows.sum().isfinite():
+        return rows
+    finite = rows.isfinite().all(1)
+    if not finite.all():
+        row = int(ids[int(finite.long().argmin())])
+        raise ValueError(f"row {row} of the weight holds NaN or infinite values. Fit a weight of finite values.")
+    return rows

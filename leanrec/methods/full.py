@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table
+from leanrec.methods.base import Method
+from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops.spread import Spread
 
 
@@ -24,6 +24,10 @@ class Full(Method):
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return [32]
+
+    @property
+    def streaming_gap(self) -> str | None:
+        return None
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
         if self.num_bits != 32:
@@ -38,19 +42,25 @@ class Full(Method):
         return 0.0
 
 
-class FullTable(Table):
+class FullTable(StreamingTable):
     """`weight`: (V, D) float32."""
+
+    row_parts = ("weight",)
 
     def __init__(self, method: Full, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(method, num_embeddings, embedding_dim, generator=generator)
         draw = torch.randn(num_embeddings, embedding_dim, generator=torch.Generator().manual_seed(self.seed))
         self.weight = nn.Parameter(draw * 0.01)
 
-    @torch.no_grad()
-    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        for start, rows in self.row_chunks(weight):
-            self.weight[start : start + len(rows)] = rows.to(self.weight)
-        return self
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(0)
+
+    def fit_sample(self, sample: Sample) -> None:
+        """Nothing: a row is kept as it is."""
+
+    def encode(self, start: int, rows: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        return {"weight": rows}
 
     def lookup(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method
+from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops.spread import Spread, mean_and_covariance
+
+_SAMPLE_ROWS = 131_072
 
 
 @dataclass(frozen=True)
 class LowRank(Method):
     """A row is a mean plus `rank` coordinates times a shared basis.
 
-    The paper takes the covariance over look-ups, which is weight_power=1; the default lets rare rows count for more.
+    The paper takes the covariance over look-ups, which is weight_power=1; the default lets rare rows count for more. It is that of all rows,
+    or of 131,072 drawn by weight, which are enough to tell axes apart that differ.
 
     Attributes:
         rank: Coordinates per row, 1 to embedding_dim.
@@ -32,6 +35,10 @@ class LowRank(Method):
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return range(1, embedding_dim + 1)
+
+    @property
+    def streaming_gap(self) -> str | None:
+        return None
 
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
         if not 1 <= self.rank <= embedding_dim:
@@ -47,9 +54,10 @@ class LowRank(Method):
         return sum(spectrum[self.rank :]) / sum(spectrum) if any(spectrum) else 0.0
 
 
-class LowRankTable(Table):
+class LowRankTable(StreamingTable):
     """`coordinates`: (V, rank), `basis`: (rank, D) and `mean`: (D,), float32, all trainable."""
 
+    row_parts = ("coordinates",)
     method: LowRank
 
     def __init__(self, method: LowRank, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
@@ -61,17 +69,18 @@ class LowRankTable(Table):
         self.basis = nn.Parameter(torch.linalg.qr(torch.randn(embedding_dim, method.rank, generator=draws))[0].T.contiguous())
         self.mean = nn.Parameter(torch.zeros(embedding_dim))
 
-    @torch.no_grad()
-    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
-        mean, covariance = mean_and_covariance((rows for _, rows in self.row_chunks(weight)), weights)
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(_SAMPLE_ROWS)
+
+    def fit_sample(self, sample: Sample) -> None:
+        mean, covariance = mean_and_covariance([sample.rows], sample.weights)
         # eigh returns rising eigenvalues; the last columns span the largest variance.
-        basis = torch.linalg.eigh(covariance).eigenvectors.T.flip(0)[: self.method.rank].float()
+        self.basis.copy_(torch.linalg.eigh(covariance).eigenvectors.T.flip(0)[: self.method.rank])
         self.mean.copy_(mean)
-        self.basis.copy_(basis)
-        for start, rows in self.row_chunks(weight):
-            self.coordinates[start : start + len(rows)] = ((rows - mean.float()) @ basis.T).to(self.coordinates)
-        return self
+
+    def encode(self, start: int, rows: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        return {"coordinates": (rows - self.mean.to(rows)) @ self.basis.to(rows).T}
 
     def lookup(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.coordinates, sparse=self.sparse) @ self.basis + self.mean

@@ -62,6 +62,10 @@ class MEC(PQ):
             )
         return super().nbytes(num_embeddings, embedding_dim)
 
+    @property
+    def streaming_gap(self) -> str | None:
+        return "its steps draw rows from all over the table; PQ is the k-means it starts from"
+
     def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> MECTable:
         self.nbytes(num_embeddings, embedding_dim)
         return MECTable(self, num_embeddings, embedding_dim, generator=generator)

@@ -53,6 +53,10 @@ class MGQE(DPQ):
         codes = sum(group.nbytes(self.num_subspaces) for group in self.groups(num_embeddings))
         return codes + codebooks + order_nbytes(num_embeddings, sorted_rows=self.sorted_rows)
 
+    @property
+    def streaming_gap(self) -> str | None:
+        return "its codes stand by the popularity of rows, not in their order"
+
     def build(self, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> MGQETable:
         self.nbytes(num_embeddings, embedding_dim)
         return MGQETable(self, num_embeddings, embedding_dim, generator=generator)
@@ -128,6 +132,9 @@ class MGQETable(DPQTable):
 
     def coded(self) -> None:
         return None  # its groups have codes of different widths
+
+    def keep(self, start: int, rows: Tensor, weights: Tensor) -> None:
+        self.set_codes(self.choose(start, rows, weights), start=start)
 
     def set_codes(self, codes: Tensor, *, start: int = 0) -> None:
         codes = codes.to(self.packed_codes.device)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from leanrec.methods.base import row_weights
 from leanrec.methods.pq import PQ, PQTable, parts_error
-from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows, squared_distances
+from leanrec.methods.streaming import Sample
+from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, squared_distances
 from leanrec.ops.spread import Spread, mean_and_covariance
 
 _MAX_ROUNDS = 60
@@ -55,17 +54,13 @@ class OPQTable(PQTable):
         super().__init__(method, num_embeddings, embedding_dim, generator=generator)
         self.rotation = nn.Parameter(torch.eye(embedding_dim))
 
-    @torch.no_grad()
-    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
-        _, covariance = mean_and_covariance((rows for _, rows in self.row_chunks(weight)), weights)
-        rows, sample_weights = sample_rows(weights, self.num_centroids, generator=torch.Generator().manual_seed(self.seed))
-        sample, sample_weights = weight[rows.to(weight.device)].float(), sample_weights.to(weight.device)
-        starts = [balanced_axes(covariance, self.method.num_subspaces).to(sample), torch.eye(self.embedding_dim).to(sample)]
-        _, rotation, codebooks = min((self._alternate(sample, sample_weights, start) for start in starts), key=lambda result: result[0])
+    def fit_sample(self, sample: Sample) -> None:
+        weights = sample.weights.to(sample.rows.device)
+        _, covariance = mean_and_covariance([sample.rows], sample.weights)
+        starts = [balanced_axes(covariance, self.method.num_subspaces).to(sample.rows), torch.eye(self.embedding_dim).to(sample.rows)]
+        _, rotation, codebooks = min((self._alternate(sample.rows, weights, start) for start in starts), key=lambda result: result[0])
         self.rotation.copy_(rotation)
-        self.codebooks.copy_(self._encode_all(weight, weights, codebooks))
-        return self
+        self.set_codebooks(codebooks)
 
     def lookup(self, ids: Tensor) -> Tensor:
         return super().lookup(ids) @ self.rotation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class RowOrder(nn.Module):
         if counts is None:
             return
         if self.sorted_rows:
-            check_sorted(counts)
+            check_sorted([counts.cpu()], len(counts))
             return
         ranks = torch.empty(self.num_embeddings, dtype=torch.int64)
         ranks[counts.cpu().argsort(descending=True, stable=True)] = torch.arange(self.num_embeddings)
@@ -56,16 +58,33 @@ class RowOrder(nn.Module):
         return self(torch.arange(self.num_embeddings)).argsort()
 
 
-def check_sorted(counts: Tensor) -> None:
-    """Raise ValueError where, by (V,) int counts, the first rows are asked for much less than as many popular rows would be."""
-    real = counts.cpu()[_FIRST_ID:].double()
-    given, best = real.cumsum(0), real.sort(descending=True).values.cumsum(0)
-    sizes = 2 ** torch.arange(4, max(4, len(real).bit_length()))
-    for size in sizes[sizes <= len(real)].tolist():
-        if given[size - 1] < _LEAST_SHARE * best[size - 1]:
+def check_sorted(counts: Iterable[Tensor], num_rows: int) -> None:
+    """Raise ValueError where the first rows are asked for much less than as many popular rows would be.
+
+    Args:
+        counts: Of all rows, (N,) int on the CPU at a time; what is kept of them grows with the number of different counts only.
+        num_rows: V.
+    """
+    sizes = 2 ** torch.arange(4, max(4, max(0, num_rows - _FIRST_ID).bit_length()))
+    given = torch.zeros(len(sizes), dtype=torch.float64)
+    values, times = torch.empty(0), torch.empty(0)
+    start = -_FIRST_ID
+    for part in counts:
+        real = part[max(0, -start) :].double()
+        start = start + len(part)
+        sums = torch.cat([torch.zeros(1), real.cumsum(0)]).double()
+        given += sums[(sizes - (start - len(real))).clamp(0, len(real))]
+        values, places = torch.cat([values.double(), real]).unique(return_inverse=True)
+        times = torch.zeros(len(values), dtype=torch.float64).index_add_(0, places, torch.cat([times.double(), torch.ones_like(real)]))
+    values, times = values.flip(0), times.flip(0)
+    ends, totals = times.cumsum(0), (values * times).cumsum(0)
+    for size, found in zip(sizes.tolist(), given.tolist(), strict=True):
+        place = int(torch.searchsorted(ends, size))
+        best = float(totals[place] - (ends[place] - size) * values[place])
+        if found < _LEAST_SHARE * best:
             raise ValueError(
-                f"the counts do not fall with the row number: the first {size} rows make up {given[size - 1]:.0f} look-ups, the most popular "
-                f"{size} make up {best[size - 1]:.0f}. Set sorted_rows=False, which stores the order."
+                f"the counts do not fall with the row number: the first {size} rows make up {found:.0f} look-ups, the most popular "
+                f"{size} make up {best:.0f}. Set sorted_rows=False, which stores the order."
             )
 
 

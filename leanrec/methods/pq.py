@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method
+from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops import fused
-from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
+from leanrec.ops.kmeans import ClusterMeans, cluster_means, kmeans, nearest, num_sample_rows
 from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
 from leanrec.ops.spread import Spread, coded_variance
 
@@ -44,6 +44,10 @@ class PQ(Method):
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return [parts for parts in range(1, embedding_dim + 1) if embedding_dim % parts == 0]
 
+    @property
+    def streaming_gap(self) -> str | None:
+        return None
+
     def variants(self, num_embeddings: int, embedding_dim: int) -> list[Method]:
         sizes = centroid_choices(num_embeddings)
         return [replace(self, num_subspaces=parts, num_centroids=size) for parts in self.knob_values(num_embeddings, embedding_dim) for size in sizes]
@@ -66,12 +70,13 @@ class PQ(Method):
         return coding_error(spread, num_subspaces=self.num_subspaces, num_levels=1, num_centroids=self.num_centroids)
 
 
-class PQTable(Table):
+class PQTable(StreamingTable):
     """`packed_codes`: (ceil(V * M * bits / 8),) uint8, frozen. `codebooks`: (M, K, D / M) float32, trainable.
 
     Built without a fit, codes and code books are random.
     """
 
+    row_parts = ("packed_codes",)
     method: PQ
     packed_codes: Tensor
 
@@ -84,16 +89,19 @@ class PQTable(Table):
         self.codebooks = nn.Parameter(torch.randn(method.num_subspaces, self.num_centroids, width, generator=draws) * 0.01)
         self.register_buffer("packed_codes", self._random_codes(draws))
 
-    @torch.no_grad()
-    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        self.check_weight(weight)
-        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
-        generator = torch.Generator().manual_seed(self.seed)
-        rows, sample_weights = sample_rows(weights, self.num_centroids, generator=generator)
-        sample = self._split(weight[rows.to(weight.device)].float())
-        starts = [self._cluster(part, rows.to(self.packed_codes.device), sample_weights, generator) for part in sample]
-        self.codebooks.copy_(self._encode_all(weight, weights, torch.stack(starts)))
-        return self
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(num_sample_rows(self.num_centroids))
+
+    def fit_sample(self, sample: Sample) -> None:
+        generator, ids = torch.Generator().manual_seed(self.seed), sample.ids.to(self.codebooks.device)
+        self.set_codebooks(torch.stack([self._cluster(part, ids, sample.weights, generator) for part in self._split(sample.rows)]))
+
+    def encode(self, start: int, rows: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        return {"packed_codes": pack(self.choose(start, rows, weights), self.num_bits)}
+
+    def settle(self) -> None:
+        self.codebooks.copy_(cluster_means(self.gathered["sums"], self.gathered["totals"], self.codebooks))
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self._words(self._codes(ids))
@@ -105,6 +113,24 @@ class PQTable(Table):
     def codes(self) -> Tensor:
         """The centroid of each part of each row: (V, M) int64."""
         return self._codes(torch.arange(self.num_embeddings, device=self.packed_codes.device))
+
+    def set_codebooks(self, codebooks: Tensor) -> None:
+        """Take (M, K, D / M) centroids to encode with, and make room to gather the means of their rows, in float64 as they may be many."""
+        self.codebooks.copy_(codebooks)
+        sums = torch.zeros_like(self.codebooks, dtype=torch.float64, requires_grad=False)
+        self.gathered = {"sums": sums, "totals": torch.zeros_like(sums[..., 0])}
+
+    def choose(self, start: int, rows: Tensor, weights: Tensor) -> Tensor:
+        """Codes of (N, D) rows from `start` on, which weigh (N,), gathered for `settle`: (N, M) int64."""
+        ids = torch.arange(start, start + len(rows), device=self.codebooks.device)
+        codes, weights = [], weights.to(rows.device)
+        for subspace, part in enumerate(self._split(rows)):
+            means = ClusterMeans(self.codebooks[subspace].to(rows.device))
+            codes.append(self._nearest(part, ids, self.codebooks[subspace].to(rows.device)))
+            means.add(part, codes[-1], weights)
+            self.gathered["sums"][subspace] += means.sums.to(self.codebooks.device)
+            self.gathered["totals"][subspace] += means.totals.to(self.codebooks.device)
+        return torch.stack(codes, dim=1)
 
     def set_codes(self, codes: Tensor, *, start: int = 0) -> None:
         """Stores (N, M) integer codes in [0, K) of the rows from `start`, a multiple of 8, on; N too, unless they are the last rows."""
@@ -136,19 +162,6 @@ class PQTable(Table):
     def _nearest(self, part: Tensor, ids: Tensor, centroids: Tensor) -> Tensor:
         """The nearest of the centroids that rows may take: parts (N, D / M) of rows (N,), (K, D / M) -> (N,) int64."""
         return nearest(part, centroids)
-
-    def _encode_all(self, weight: Tensor, weights: Tensor, centroids: Tensor) -> Tensor:
-        """Stores the code of every row and returns the centroids moved to the means of their rows: (M, K, D / M) -> the same shape."""
-        means = [ClusterMeans(start) for start in centroids]
-        for start, rows in self.row_chunks(weight):
-            ids = torch.arange(start, start + len(rows), device=self.packed_codes.device)
-            chunk_weights = weights[start : start + len(rows)].to(rows.device)
-            codes = []
-            for subspace, part in enumerate(self._split(rows)):
-                codes.append(self._nearest(part, ids, centroids[subspace]))
-                means[subspace].add(part, codes[subspace], chunk_weights)
-            self.set_codes(torch.stack(codes, dim=1), start=start)
-        return torch.stack([mean.value() for mean in means])
 
 
 def used_centroids(method: Method, num_centroids: int, num_embeddings: int) -> int:

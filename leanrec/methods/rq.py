@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
+from leanrec.methods.base import Method
 from leanrec.methods.pq import PQ, centroid_choices, code_bits, coding_error, used_centroids
+from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops import fused
-from leanrec.ops.additive import improve_codes, level_means, residual_codebooks, sum_words, update_codebooks
-from leanrec.ops.kmeans import sample_rows
-from leanrec.ops.packing import pack, pack_rows_, packed_nbytes, unpack_rows
+from leanrec.ops.additive import NormalSums, beam_search, improve_codes, residual_codebooks, sum_words, update_codebooks
+from leanrec.ops.kmeans import num_sample_rows
+from leanrec.ops.packing import pack, packed_nbytes, unpack_rows
 from leanrec.ops.spread import Spread
 
-_SAMPLE_ROUNDS = 6
+_SAMPLE_ROUNDS = 7
 # Words compared per row and level, which set the width of the beam: a wider one finds better codes and takes longer in proportion.
 _FIRST_SEARCH, _LAST_SEARCH = 1024, 2048
 _MAX_BEAM = 16
+_MAX_WORDS = 4096  # of all levels together, up to which the words are fitted to all rows and not to the sample only: it takes their square in memory
 
 
 @dataclass(frozen=True)
 class RQ(Method):
     """A row is the sum of one centroid per level, each as wide as the row.
 
-    Levels are fitted one after the other to what is left, then code books and codes in turn, all levels together; a step that does not
-    lower the count-weighted error is not taken. Better than PQ at the same code length, for code books num_levels times as large.
+    Levels are fitted one after the other to what is left of a sample of the rows, then code books and codes in turn, all levels together;
+    a step that does not lower the count-weighted error is not taken. Then every row is given its codes, and the code words are fitted to
+    all rows. Better than PQ at the same code length, for code books num_levels times as large.
 
     Attributes:
         num_levels: L, centroids summed per row, 1 to 32.
@@ -42,6 +44,10 @@ class RQ(Method):
     num_levels: int = 4
     num_centroids: int = 256
     weight_power: float = 0.5
+
+    @property
+    def streaming_gap(self) -> str | None:
+        return None
 
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return [1, 2, 3, 4, 6, 8, 12, 16]
@@ -65,12 +71,13 @@ class RQ(Method):
         return coding_error(spread, num_subspaces=1, num_levels=self.num_levels, num_centroids=self.num_centroids)
 
 
-class RQTable(Table):
+class RQTable(StreamingTable):
     """`packed_codes`: (ceil(V * L * bits / 8),) uint8, frozen. `codebooks`: (L, K, D) float32, trainable.
 
     Built without a fit, codes and code books are random.
     """
 
+    row_parts = ("packed_codes",)
     method: RQ
     packed_codes: Tensor
 
@@ -83,17 +90,31 @@ class RQTable(Table):
         codes = torch.randint(num_centroids, (num_embeddings, num_levels), dtype=torch.int32, generator=draws)
         self.register_buffer("packed_codes", pack(codes, self.num_bits))
 
-    @torch.no_grad()
-    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        self.check_weight(weight)
-        weights = row_weights(counts, self.num_embeddings, power=self.method.weight_power)
-        codebooks = self._fit_sample(weight, weights)
-        for search in (_FIRST_SEARCH, _LAST_SEARCH):
-            self._encode_all(weight, codebooks, search)
-            for level in range(len(codebooks)):
-                codebooks[level] = level_means(self._coded_chunks(weight, weights), codebooks, level)
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(num_sample_rows(self.codebooks.shape[1]))
+
+    def fit_sample(self, sample: Sample) -> None:
+        num_levels, num_centroids, _ = self.codebooks.shape
+        rows, weights = sample.rows, sample.weights.to(sample.rows.device)
+        generator = torch.Generator().manual_seed(self.seed)
+        codebooks, codes = residual_codebooks(rows, num_levels, num_centroids, weights=weights, generator=generator)
+        for _ in range(_SAMPLE_ROUNDS):
+            codes = improve_codes(rows, codes, codebooks, beam_size=_beam_size(_FIRST_SEARCH, num_centroids))
+            codebooks = update_codebooks(rows, codes, codebooks, weights=weights)
         self.codebooks.copy_(codebooks)
-        return self
+        self.gathered = NormalSums.empty(self.codebooks).tensors() if num_levels * num_centroids <= _MAX_WORDS else {}
+
+    def encode(self, start: int, rows: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        codebooks = self.codebooks.to(rows.device)
+        codes = beam_search(rows, codebooks, beam_size=_beam_size(_LAST_SEARCH, codebooks.shape[1]))
+        if self.gathered:
+            NormalSums(**self.gathered).add(rows, codes, weights.to(rows.device))
+        return {"packed_codes": pack(codes, self.num_bits)}
+
+    def settle(self) -> None:
+        if self.gathered:
+            self.codebooks.copy_(NormalSums(**self.gathered).update(self.codebooks))
 
     def lookup(self, ids: Tensor) -> Tensor:
         return sum_words(self._codes(ids), self.codebooks)
@@ -108,31 +129,6 @@ class RQTable(Table):
 
     def _codes(self, ids: Tensor) -> Tensor:
         return unpack_rows(self.packed_codes, ids, len(self.codebooks), self.num_bits)
-
-    def _fit_sample(self, weight: Tensor, weights: Tensor) -> Tensor:
-        """Code books (L, K, D) of a sample of the rows, on the device of `weight`."""
-        num_levels, num_centroids, _ = self.codebooks.shape
-        generator = torch.Generator().manual_seed(self.seed)
-        rows, sample_weights = sample_rows(weights, num_centroids, generator=generator)
-        sample, sample_weights = weight[rows.to(weight.device)].float(), sample_weights.to(weight.device)
-        codebooks, codes = residual_codebooks(sample, num_levels, num_centroids, weights=sample_weights, generator=generator)
-        for _ in range(_SAMPLE_ROUNDS):
-            codes = improve_codes(sample, codes, codebooks, beam_size=_beam_size(_FIRST_SEARCH, num_centroids))
-            codebooks = update_codebooks(sample, codes, codebooks, weights=sample_weights)
-        return codebooks
-
-    def _encode_all(self, weight: Tensor, codebooks: Tensor, search: int) -> None:
-        """Gives every row the better of its stored codes and those that a beam search finds."""
-        for start, rows in self.row_chunks(weight):
-            stored = self._codes(torch.arange(start, start + len(rows), device=self.packed_codes.device))
-            codes = improve_codes(rows, stored.to(rows.device), codebooks, beam_size=_beam_size(search, codebooks.shape[1]))
-            pack_rows_(self.packed_codes, codes.to(self.packed_codes.device), start, self.num_bits)
-
-    def _coded_chunks(self, weight: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, their stored codes and their weights, chunk by chunk."""
-        for start, rows in self.row_chunks(weight):
-            ids = torch.arange(start, start + len(rows), device=self.packed_codes.device)
-            yield rows, self._codes(ids).to(rows.device), weights[start : start + len(rows)].to(rows.device)
 
 
 def _beam_size(search: int, num_centroids: int) -> int:

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table
+from leanrec.methods.base import Method
+from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops import fused
-from leanrec.ops.packing import pack_rows_, packed_nbytes, unpack_rows
+from leanrec.ops.packing import pack, packed_nbytes, unpack_rows
 from leanrec.ops.rounding import dequantize, largest_magnitudes, least_squares_scales, quantize
 from leanrec.ops.spread import Spread
 
@@ -37,6 +37,10 @@ class Scalar(Method):
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return [2, 4, 8]
 
+    @property
+    def streaming_gap(self) -> str | None:
+        return None
+
     def nbytes(self, num_embeddings: int, embedding_dim: int) -> int:
         if self.num_bits not in (2, 4, 8):
             raise ValueError(f"Scalar has num_bits={self.num_bits}. Choose one of [2, 4, 8].")
@@ -58,12 +62,13 @@ class Scalar(Method):
         return 2 * 4.0**-self.num_bits * (1 - 1 / self.columns(spread.embedding_dim))
 
 
-class ScalarTable(Table):
+class ScalarTable(StreamingTable):
     """`packed_codes`: (ceil(V * D * bits / 8),) uint8. `scales`: (V, groups) float16. Both are frozen.
 
     Built without a fit, the codes are random.
     """
 
+    row_parts = ("packed_codes", "scales")
     method: Scalar
     packed_codes: Tensor
     scales: Tensor
@@ -79,15 +84,18 @@ class ScalarTable(Table):
         # Holds no value, only follows `.to(dtype)`: float16 scales alone could not tell a float32 model from a half one.
         self.register_buffer("row_dtype", torch.empty(0), persistent=False)
 
-    @torch.no_grad()
-    def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        for start, rows in self.row_chunks(weight):
-            groups = rows.split(self.columns, dim=1)
-            scales = [self._choose_scales(group) for group in groups]
-            codes = [quantize(group, scale, self.method.num_bits) for group, scale in zip(groups, scales, strict=True)]
-            self.scales[start : start + len(rows)] = torch.cat(scales, dim=1)
-            pack_rows_(self.packed_codes, torch.cat(codes, dim=1).to(self.packed_codes.device), start, self.method.num_bits)
-        return self
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(0)
+
+    def fit_sample(self, sample: Sample) -> None:
+        """Nothing: each row has its own scale."""
+
+    def encode(self, start: int, rows: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        groups = rows.split(self.columns, dim=1)
+        scales = [self._choose_scales(group) for group in groups]
+        codes = [quantize(group, scale, self.method.num_bits) for group, scale in zip(groups, scales, strict=True)]
+        return {"packed_codes": pack(torch.cat(codes, dim=1), self.method.num_bits), "scales": torch.cat(scales, dim=1)}
 
     def lookup(self, ids: Tensor) -> Tensor:
         codes = unpack_rows(self.packed_codes, ids, self.embedding_dim, self.method.num_bits)

@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from leanrec.methods.base import Method, Table, row_weights
-from leanrec.methods.order import RowOrder, order_nbytes
+from leanrec.methods.base import Method, row_weights
+from leanrec.methods.order import RowOrder, check_sorted, order_nbytes
 from leanrec.methods.pq import PQ, code_bits, parts_error, used_centroids
+from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops import fused
 from leanrec.ops.additive import beam_search
 from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
 from leanrec.ops.levels import Gains, even_borders
-from leanrec.ops.packing import pack, packed_nbytes, unpack_rows
+from leanrec.ops.packing import pack, pack_at_, packed_nbytes, unpack_rows
 from leanrec.ops.rounding import dequantize, least_squares_scales, quantize
+from leanrec.ops.sampling import systematic_sample
 from leanrec.ops.sensitivity import Sensitivity
 from leanrec.ops.spread import Spread
 
@@ -74,6 +76,10 @@ class VRQ(Method):
     def uses_sensitivity(self) -> bool:
         return self.by_loss
 
+    @property
+    def streaming_gap(self) -> str | None:
+        return None if self.sorted_rows else "with sorted_rows=False its codes stand by the popularity of rows, not in their order"
+
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
         return sorted({round(1000 * self.num_levels * 2**-halvings) for halvings in range(6)})
 
@@ -114,10 +120,12 @@ class VRQ(Method):
         self, chunks: Iterable[Tensor], num_embeddings: int, embedding_dim: int, *, counts: Tensor | None, sensitivity: Sensitivity | None
     ) -> list[tuple[Method, float]]:
         """Measured on a fit of a sample of the rows for each number of centroids, with as many levels and codes as pay at each of many prices."""
-        lens = _Lens.choose(sensitivity if self.by_loss else None, counts, num_embeddings, embedding_dim, self.weight_power)
+        known = sensitivity if self.by_loss else None
+        lens = _Lens.choose(known, embedding_dim)
+        weights = known.rows if _is_known(known) else row_weights(counts, num_embeddings, power=self.weight_power)
         order = RowOrder(num_embeddings, sorted_rows=self.sorted_rows)
         order.fit(counts)
-        sample = _Sample.draw(chunks, order, lens, num_rows=_CURVE_ROWS)
+        sample = _Sample.draw(chunks, order, lens, weights, num_rows=_CURVE_ROWS)
         found: dict[Method, float] = {}
         for size in self._centroid_choices(num_embeddings):
             setting = replace(self, num_levels=_LEVELS, num_centroids=size)
@@ -129,13 +137,14 @@ class VRQ(Method):
         return [size for size in _CENTROIDS if size == _CENTROIDS[0] or size < 2 * num_embeddings]
 
 
-class VRQTable(Table):
+class VRQTable(StreamingTable):
     """`mean`: (D,) float32, trainable. The rest is frozen: `packed_codes`: (ceil(C * bits / 8),) uint8, rank by rank, C codes in all;
     `borders`: (L,) int64, rows that have a code of each level; `packed_words`: (ceil(L * K * D / 2),) uint8 and `scales`: (L K, 1) float16.
 
     Built without a fit, codes and code words are random.
     """
 
+    row_parts = ("packed_codes",)
     method: VRQ
     packed_codes: Tensor
     borders: Tensor
@@ -159,19 +168,53 @@ class VRQTable(Table):
     def weigh(self, sensitivity: Sensitivity) -> None:
         self.sensitivity = sensitivity if self.method.by_loss else None
 
-    @torch.no_grad()
     def fit(self, weight: Tensor, counts: Tensor | None = None) -> Self:
-        self.check_weight(weight)
         self.order.fit(counts)
-        lens = _Lens.choose(self.sensitivity, counts, self.num_embeddings, self.embedding_dim, self.method.weight_power)
+        super().fit(weight, counts)
         self.sensitivity = None
-        sample = _Sample.draw((rows for _, rows in self.row_chunks(weight)), self.order, lens, num_rows=_FIT_ROWS)
-        first = _Chain.grow(sample, lens, num_levels=self.method.num_levels, num_centroids=self.num_centroids, seed=self.seed)
-        borders = first.gains(sample).spend(self.method.num_codes(self.num_embeddings), num_levels=self.method.num_levels)
-        chain = _Chain.grow(sample, lens, num_levels=len(borders), num_centroids=self.num_centroids, seed=self.seed, borders=borders)
-        chain.refine(sample, lens, borders)
-        self._store(chain, lens, weight, borders)
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(_FIT_ROWS, even_share=0.5)
+
+    def check_order(self, counts: Iterable[Tensor]) -> None:
+        check_sorted(counts, self.num_embeddings)
+
+    def chunk_weights(self, start: int, counts: Tensor | None, num_rows: int) -> Tensor:
+        if _is_known(self.sensitivity):
+            return self.sensitivity.rows[start : start + num_rows]
+        return super().chunk_weights(start, counts, num_rows)
+
+    def fit_sample(self, sample: Sample) -> None:
+        lens = _Lens.choose(self.sensitivity, self.embedding_dim)
+        drawn = _Sample.of(sample.ids, sample.rows, sample.weights, self.order, lens)
+        first = _Chain.grow(drawn, lens, num_levels=self.method.num_levels, num_centroids=self.num_centroids, seed=self.seed)
+        borders = first.gains(drawn).spend(self.method.num_codes(self.num_embeddings), num_levels=self.method.num_levels)
+        chain = _Chain.grow(drawn, lens, num_levels=len(borders), num_centroids=self.num_centroids, seed=self.seed, borders=borders)
+        chain.refine(drawn, lens, borders)
+        self.borders.copy_(torch.tensor(borders))
+        self.packed_words.copy_(pack(torch.cat([book.levels for book in chain.books]), WORD_BITS))
+        self.scales.copy_(torch.cat([book.scales for book in chain.books]))
+        self.mean.copy_(chain.mean @ lens.color)
+        self.gathered = {"left": torch.zeros(0, dtype=torch.int64)}  # codes that do not fill a byte yet
+
+    def encode(self, start: int, rows: Tensor, weights: Tensor) -> Mapping[str, Tensor]:
+        ranks = torch.arange(start, start + len(rows))
+        codes = self._choose(rows, ranks)
+        codes = torch.cat([self.gathered["left"], codes[ranks.unsqueeze(1) < self.borders.cpu()]])
+        whole = len(codes) if start + len(rows) == self.num_embeddings else len(codes) // 8 * 8
+        self.gathered["left"] = codes[whole:].clone()
+        return {"packed_codes": pack(codes[:whole].unsqueeze(1), self.num_bits)}
+
+    def keep(self, start: int, rows: Tensor, weights: Tensor) -> None:
+        if self.method.sorted_rows:
+            super().keep(start, rows, weights)
+            return
+        ranks = self.order(torch.arange(start, start + len(rows), device=self.borders.device))
+        places, present = self._places(ranks)
+        codes = self._choose(rows, ranks.cpu()).to(places.device)
+        pack_at_(self.packed_codes, codes[present].unsqueeze(1), places[present], self.num_bits)
 
     def lookup(self, ids: Tensor) -> Tensor:
         places, present = self._places(self.order(ids))
@@ -211,21 +254,17 @@ class VRQTable(Table):
         levels = unpack_rows(self.packed_words, numbers, self.embedding_dim, WORD_BITS)
         return dequantize(levels, self.scales[numbers].to(self.mean.dtype), WORD_BITS)
 
-    def _store(self, chain: _Chain, lens: _Lens, weight: Tensor, borders: Sequence[int]) -> None:
-        """Give every row its codes and keep them with the code words."""
-        self.borders.copy_(torch.tensor(borders))
-        codes = torch.zeros(sum(borders), 1, dtype=torch.int32)
-        first = 0
-        for chunk in (rows for _, rows in self.row_chunks(weight)):
-            ranks = self.order(torch.arange(first, first + len(chunk), device=self.borders.device))
-            places, present = (part.cpu() for part in self._places(ranks))
-            found = chain.encode(chunk.cpu() @ lens.whiten, ranks.cpu(), borders, search=_LAST_SEARCH)
-            codes[places[present], 0] = found[present].int()
-            first += len(chunk)
-        self.packed_codes.copy_(pack(codes, self.num_bits))
-        self.packed_words.copy_(pack(torch.cat([book.levels for book in chain.books]), WORD_BITS))
-        self.scales.copy_(torch.cat([book.scales for book in chain.books]))
-        self.mean.copy_(chain.mean @ lens.color)
+    def _choose(self, rows: Tensor, ranks: Tensor) -> Tensor:
+        """Codes of (N, D) rows of (N,) ranks: (N, L) int64 on the CPU, 0 where a row has none."""
+        lens = _Lens.choose(self.sensitivity, self.embedding_dim)
+        levels = unpack_rows(self.packed_words, torch.arange(len(self.scales), device=self.scales.device), self.embedding_dim, WORD_BITS).cpu()
+        parts = zip(levels.split(self.num_centroids), self.scales.cpu().split(self.num_centroids), strict=True)
+        chain = _Chain(self.mean.cpu() @ lens.whiten, [_Book.stored(levels, scales, lens) for levels, scales in parts], [])
+        return chain.encode(rows.cpu() @ lens.whiten, ranks, self.borders.tolist(), search=_LAST_SEARCH)
+
+
+def _is_known(sensitivity: Sensitivity | None) -> TypeGuard[Sensitivity]:
+    return sensitivity is not None and bool(sensitivity.rows.any())
 
 
 @dataclass(frozen=True)
@@ -235,28 +274,24 @@ class _Lens:
     Attributes:
         whiten: (D, D), from the table's space into it.
         color: (D, D), back.
-        weights: (V,) float32, of each row; 1 in sum.
-        scale: What a weighted squared distance of 1 costs.
+        scale: What a squared distance of 1 costs, averaged over rows by their weight.
     """
 
     whiten: Tensor
     color: Tensor
-    weights: Tensor
     scale: float
 
     @classmethod
-    def choose(cls, sensitivity: Sensitivity | None, counts: Tensor | None, num_embeddings: int, embedding_dim: int, power: float) -> _Lens:
-        if sensitivity is None or not sensitivity.rows.any():
-            weights = row_weights(counts, num_embeddings, power=power)
-            return cls(torch.eye(embedding_dim), torch.eye(embedding_dim), weights / weights.sum(), 1.0)
+    def choose(cls, sensitivity: Sensitivity | None, embedding_dim: int) -> _Lens:
+        if not _is_known(sensitivity):
+            return cls(torch.eye(embedding_dim), torch.eye(embedding_dim), 1.0)
         whiten, color = sensitivity.whitener()
-        total = float(sensitivity.rows.sum(dtype=torch.float64))
-        return cls(whiten, color, sensitivity.rows / total, total / 2)
+        return cls(whiten, color, float(sensitivity.rows.sum(dtype=torch.float64)) / 2)
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Rows that stand for all of a table: points (S, D) in a lens, ranks (S,), rising, and weights (S,)."""
+    """Rows that stand for all of a table: points (S, D) in a lens, ranks (S,), rising, and weights (S,), 1 in sum."""
 
     points: Tensor
     ranks: Tensor
@@ -264,29 +299,21 @@ class _Sample:
     table_rows: int
 
     @classmethod
-    def draw(cls, chunks: Iterable[Tensor], order: RowOrder, lens: _Lens, *, num_rows: int) -> _Sample:
+    def of(cls, ids: Tensor, rows: Tensor, weights: Tensor, order: RowOrder, lens: _Lens) -> _Sample:
+        """From ids (S,), rows (S, D) and weights (S,) as they were drawn."""
+        ranks, by_rank = order(ids.to(next(order.buffers(), ids).device)).cpu().sort()
+        return cls((rows.float().cpu() @ lens.whiten)[by_rank], ranks, weights[by_rank] / weights.sum(), order.num_embeddings)
+
+    @classmethod
+    def draw(cls, chunks: Iterable[Tensor], order: RowOrder, lens: _Lens, weights: Tensor, *, num_rows: int) -> _Sample:
         """All rows, or as many as are enough: half of them by weight, which find the code words, half of them evenly, which find the borders."""
-        table_rows = len(lens.weights)
-        if table_rows <= num_rows:
-            rows, weights = torch.arange(table_rows), lens.weights
-        else:
-            rows, weights = _mixed_sample(lens.weights, num_rows)
+        ids, drawn = systematic_sample(lambda: [weights], num_rows, even_share=0.5)
         picked, first = [], 0
         for chunk in chunks:
-            low, high = torch.searchsorted(rows, torch.tensor([first, first + len(chunk)])).tolist()
-            picked.append(chunk[(rows[low:high] - first).to(chunk.device)].float().cpu() @ lens.whiten)
+            low, high = torch.searchsorted(ids, torch.tensor([first, first + len(chunk)])).tolist()
+            picked.append(chunk[(ids[low:high] - first).to(chunk.device)].float().cpu())
             first += len(chunk)
-        ranks, by_rank = order(rows.to(next(order.buffers(), rows).device)).cpu().sort()
-        return cls(torch.cat(picked)[by_rank], ranks, weights[by_rank], table_rows)
-
-
-def _mixed_sample(weights: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Rows, rising, drawn in proportion to half their share of the weight and half an even one, and what each of them stands for."""
-    chances = weights / weights.sum() / 2 + 0.5 / len(weights)
-    edges = chances.double().cumsum(0)
-    marks = (torch.arange(num_rows, dtype=torch.float64) + 0.5) * (edges[-1] / num_rows)
-    rows, times = torch.unique_consecutive(torch.searchsorted(edges, marks, right=True).clamp(max=len(weights) - 1), return_counts=True)
-    return rows, weights[rows] / (chances[rows] * num_rows) * times
+        return cls.of(ids, torch.cat(picked), drawn, order, lens)
 
 
 @dataclass(frozen=True)
@@ -302,7 +329,11 @@ class _Book:
         """The nearest that can be stored to words in the lens."""
         plain = words @ lens.color
         scales = least_squares_scales(plain, WORD_BITS)
-        levels = quantize(plain, scales, WORD_BITS)
+        return cls.stored(quantize(plain, scales, WORD_BITS), scales, lens)
+
+    @classmethod
+    def stored(cls, levels: Tensor, scales: Tensor, lens: _Lens) -> _Book:
+        """What levels (K, D) and scales (K, 1) stand for."""
         return cls(levels, scales, dequantize(levels, scales.float(), WORD_BITS) @ lens.whiten)
 
 

@@ -5,13 +5,13 @@ Beam search: Babenko and Lempitsky, Additive Quantization, CVPR 2014, doi:10.110
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, row_argmax, squared_distances
+from leanrec.ops.kmeans import ClusterMeans, cluster_means, kmeans, nearest, row_argmax, squared_distances
 
 _CHUNK_SCORES = 2**19
 _LEVEL_ITERS = 10
@@ -42,23 +42,58 @@ def update_codebooks(points: Tensor, codes: Tensor, codebooks: Tensor, *, weight
     """
     codebooks = codebooks.clone()
     for level in range(len(codebooks)):
-        codebooks[level] = level_means([(points, codes, weights)], codebooks, level)
+        means, own = ClusterMeans(codebooks[level]), codes[:, level]
+        means.add(points - sum_words(codes, codebooks) + codebooks[level, own], own, weights)
+        codebooks[level] = means.value()
     return codebooks
 
 
-def level_means(pieces: Iterable[tuple[Tensor, Tensor, Tensor]], codebooks: Tensor, level: int) -> Tensor:
-    """The best words of one level, the other levels given: (K, D).
+@dataclass(frozen=True)
+class NormalSums:
+    """All that `update_codebooks` needs of points and codes that come in pieces, none of which is kept. Sums are float64: there may be many.
 
-    Args:
-        pieces: Points (N, D), their codes (N, L) and weights (N,), piece by piece.
-        codebooks: (L, K, D).
-        level: Which code book.
+    Attributes:
+        points: (L, K, D), sum of the points that have a code of a level, times their weights.
+        pairs: (L K, L K), weight of the points that have both of two codes.
     """
-    means = ClusterMeans(codebooks[level])
-    for points, codes, weights in pieces:
-        own = codes[:, level]
-        means.add(points - sum_words(codes, codebooks) + codebooks[level, own], own, weights)
-    return means.value()
+
+    points: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def empty(cls, codebooks: Tensor) -> NormalSums:
+        """Of no points yet, for code books (L, K, D)."""
+        num_words = codebooks.shape[0] * codebooks.shape[1]
+        return cls(torch.zeros_like(codebooks, dtype=torch.float64, requires_grad=False), codebooks.new_zeros(num_words, num_words).double())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by their names."""
+        return {"points": self.points, "pairs": self.pairs}
+
+    def add(self, points: Tensor, codes: Tensor, weights: Tensor) -> None:
+        """Counts in (N, D) points with (N, L) codes and (N,) weights."""
+        num_levels, num_centroids, _ = self.points.shape
+        for level, own in enumerate(codes.unbind(1)):
+            means = ClusterMeans(torch.zeros_like(self.points[level], dtype=torch.float32, device=points.device))
+            means.add(points, own, weights)
+            self.points[level] += means.sums.to(self.points.device)
+        pairs = self.pairs.view(num_levels, num_centroids, num_levels, num_centroids)
+        for first in range(num_levels):
+            for second in range(num_levels):
+                both = torch.bincount(codes[:, first] * num_centroids + codes[:, second], weights, num_centroids**2)
+                pairs[first, :, second] += both.view(num_centroids, num_centroids).to(pairs.device)
+
+    def update(self, codebooks: Tensor) -> Tensor:
+        """As `update_codebooks`, for all points so far: (L, K, D) -> (L, K, D)."""
+        num_levels, num_centroids, width = codebooks.shape
+        words = codebooks.double().clone()
+        pairs = self.pairs.view(num_levels, num_centroids, num_levels, num_centroids)
+        for level in range(num_levels):
+            totals = pairs[level, :, level].diagonal()
+            all_words = pairs[level].reshape(num_centroids, -1) @ words.view(-1, width)
+            rest = self.points[level] - all_words + totals.unsqueeze(1) * words[level]
+            words[level] = cluster_means(rest, totals, words[level])
+        return words.to(codebooks)
 
 
 def improve_codes(points: Tensor, codes: Tensor, codebooks: Tensor, *, beam_size: int) -> Tensor:
@@ -70,24 +105,28 @@ def improve_codes(points: Tensor, codes: Tensor, codebooks: Tensor, *, beam_size
 
 def beam_search(points: Tensor, codebooks: Tensor, *, beam_size: int) -> Tensor:
     """Codes with a small squared error, level by level keeping the `beam_size` best beginnings: (N, D), (L, K, D) -> (N, L) int64."""
-    # A column more holds |c|^2 / 2, so that one product gives all scores.
-    matrices = [torch.cat([words, words.square().sum(1, keepdim=True) / 2], dim=1).T.contiguous() for words in codebooks]
+    points, codebooks = points.detach(), codebooks.detach()
+    norms, matrices = codebooks.square().sum(2) / -2, codebooks.transpose(1, 2).contiguous()  # (L, K), (L, D, K)
     chunk_rows = max(1, _CHUNK_SCORES // (beam_size * codebooks.shape[1]))
-    return torch.cat([_search_chunk(chunk, codebooks, matrices, beam_size) for chunk in points.split(chunk_rows)])
+    # All chunks and levels share one piece of memory: what the allocator gives anew is fetched page by page, which takes as long as the product.
+    scores = torch.empty(min(chunk_rows, len(points)) * beam_size, codebooks.shape[1], device=points.device)
+    return torch.cat([_search_chunk(chunk, codebooks, norms, matrices, beam_size, scores) for chunk in points.split(chunk_rows)])
 
 
-def _search_chunk(points: Tensor, codebooks: Tensor, matrices: list[Tensor], beam_size: int) -> Tensor:
+def _search_chunk(points: Tensor, codebooks: Tensor, norms: Tensor, matrices: Tensor, beam_size: int, memory: Tensor) -> Tensor:
     """As `beam_search`, at one go; b beginnings are alive per point."""
     num_centroids = codebooks.shape[1]
     residuals = points.unsqueeze(1)  # (N, b, D)
     codes = torch.zeros(len(points), 1, 0, dtype=torch.int64, device=points.device)  # (N, b, levels so far)
-    for level, (words, matrix) in enumerate(zip(codebooks, matrices, strict=True)):
+    for level, words in enumerate(codebooks):
         # argmin |r - c|^2 = argmax r.c - |c|^2 / 2 - |r|^2 / 2, over beginnings and words together
-        scores = F.pad(residuals, (0, 1), value=-1.0) @ matrix - residuals.square().sum(2, keepdim=True) / 2
+        flat = residuals.flatten(0, 1)
+        scores = torch.addmm(norms[level], flat, matrices[level], out=memory[: len(flat)]).view(len(points), -1, num_centroids)
+        scores -= residuals.square().sum(2, keepdim=True) / 2
         best = _largest(scores.flatten(1), 1 if level == len(codebooks) - 1 else beam_size)
         begun, word = best // num_centroids, best % num_centroids
         begun = begun + torch.arange(len(points), device=points.device).unsqueeze(1) * residuals.shape[1]  # row of (N b)
-        residuals = F.embedding(begun, residuals.flatten(0, 1)) - F.embedding(word, words)
+        residuals = F.embedding(begun, flat) - F.embedding(word, words)
         codes = torch.cat([codes.flatten(0, 1)[begun], word.unsqueeze(2)], dim=2)
     return codes[:, 0]
 

@@ -6,12 +6,14 @@ N points, D dimensions, K clusters. No function here ever holds N x K numbers at
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from leanrec.ops.sampling import systematic_sample
 
 _CHUNK_SCORES = 2**19  # 2 MiB of float32 stay in the cache while their maxima are taken
 _POINTS_PER_CLUSTER = 256
 _MAX_SAMPLE = 131_072
+_START_POINTS = 32  # per cluster, which find where centroids begin
 
 
 def kmeans(
@@ -43,7 +45,7 @@ def kmeans(
     distinct = _distinct_if_few(points, num_clusters)
     if distinct is not None:
         return distinct[torch.arange(num_clusters, device=points.device).clamp(max=len(distinct) - 1)]
-    centroids = _spread_start(points, weights, num_clusters, generator or torch.Generator().manual_seed(0))
+    centroids = _start(points, weights, num_clusters, num_iters, tolerance, generator or torch.Generator().manual_seed(0))
     last_error = float("inf")
     for _ in range(num_iters):
         codes = nearest(points, centroids)
@@ -60,10 +62,17 @@ def kmeans(
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """Index of the nearest centroid: (N, D) and (K, D) float -> (N,) int64."""
-    # argmin |x - c|^2 = argmax x.c - |c|^2 / 2, as one matrix product with a column for the norms
-    points = F.pad(points.float(), (0, 1), value=-0.5)
-    matrix = torch.cat([centroids, centroids.square().sum(1, keepdim=True)], dim=1).float().T.contiguous()
-    return torch.cat([row_argmax(chunk @ matrix) for chunk in points.split(max(1, _CHUNK_SCORES // len(centroids)))])
+    # argmin |x - c|^2 = argmax x.c - |c|^2 / 2
+    points, centroids = points.detach().float(), centroids.detach().float()
+    matrix, norms = centroids.T.contiguous(), centroids.square().sum(1) / -2
+    chunk_rows = max(1, _CHUNK_SCORES // len(centroids))
+    codes = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    # All chunks share one piece of memory: what the allocator gives anew is fetched page by page, which takes as long as the product.
+    scores = torch.empty(min(chunk_rows, len(points)), len(centroids), device=points.device)
+    for chunk, found in zip(points.split(chunk_rows), codes.split(chunk_rows), strict=True):
+        torch.addmm(norms, chunk, matrix, out=scores[: len(chunk)])
+        row_argmax(scores[: len(chunk)], out=found)
+    return codes
 
 
 def squared_distances(points: Tensor, others: Tensor) -> Tensor:
@@ -71,10 +80,12 @@ def squared_distances(points: Tensor, others: Tensor) -> Tensor:
     return (points - others).square().sum(1)
 
 
-def row_argmax(scores: Tensor) -> Tensor:
-    """Index of the largest of each row: (N, K) -> (N,) int64."""
-    # numpy's argmax is vectorised: on a CPU it takes a fifth of the time of torch's.
-    return torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
+def row_argmax(scores: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Index of the largest of each row: (N, K) -> (N,) int64, new or `out`."""
+    if scores.device.type == "cpu":
+        # numpy's argmax is vectorised: on a CPU it takes a fifth of the time of torch's.
+        return torch.from_numpy(scores.numpy().argmax(1, out=None if out is None else out.numpy()))
+    return torch.argmax(scores, 1, out=out) if out is not None else scores.argmax(1)
 
 
 class ClusterMeans:
@@ -82,43 +93,47 @@ class ClusterMeans:
 
     Args:
         start: (K, D) float32.
+
+    Attributes:
+        sums: (K, D), of points times weight.
+        totals: (K,), of weights.
     """
 
     def __init__(self, start: Tensor) -> None:
         self._start = start
-        self._sums = torch.zeros_like(start)
-        self._totals = torch.zeros_like(start[:, 0])
+        self.sums = torch.zeros_like(start)
+        self.totals = torch.zeros_like(start[:, 0])
 
     def add(self, points: Tensor, codes: Tensor, weights: Tensor) -> None:
         """Counts in (N, D) points with (N,) int64 clusters and (N,) weights, all on one device with the start."""
-        self._sums.index_add_(0, codes, points * weights.unsqueeze(1))
-        self._totals.index_add_(0, codes, weights)
+        self.sums.index_add_(0, codes, points * weights.unsqueeze(1))
+        self.totals.index_add_(0, codes, weights)
 
     def value(self) -> Tensor:
         """The means so far: (K, D)."""
-        means = self._sums / self._totals.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-        return torch.where((self._totals > 0).unsqueeze(1), means, self._start)
+        return cluster_means(self.sums, self.totals, self._start)
+
+
+def cluster_means(sums: Tensor, totals: Tensor, start: Tensor) -> Tensor:
+    """Means of clusters from the sums of their points (..., K, D) and weights (..., K); a cluster without weight keeps its start (..., K, D)."""
+    totals = totals.unsqueeze(-1)
+    return torch.where(totals > 0, (sums / totals.clamp(min=torch.finfo(torch.float32).tiny)).to(start), start)
+
+
+def num_sample_rows(num_clusters: int) -> int:
+    """Rows that are enough to place so many clusters: 256 for each, as in faiss; beyond 2**17 rows in all, at least 32 for each."""
+    return max(min(_POINTS_PER_CLUSTER * num_clusters, _MAX_SAMPLE), 32 * num_clusters)
 
 
 def sample_rows(weights: Tensor, num_clusters: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows that stand for all of them in `kmeans`, rising, (S,) int64, and the weight of each, (S,) float32.
-
-    256 rows per cluster, as in faiss, are enough to place it; beyond 2**17 rows in all, at least 32 per cluster. Smaller sets are
-    taken whole. Larger ones are sampled systematically: every row is drawn in proportion to its weight, a heavy one several times
-    and then weighing as much, so the head of a long-tailed table is always there and no weight is left to chance.
+    """Rows that stand for all of them in `kmeans`, rising, (S,) int64, and the weight of each, (S,) float32; see `systematic_sample`.
 
     Args:
         weights: (N,) float on the CPU, not negative, not all 0.
         num_clusters: K.
         generator: Source of the one draw.
     """
-    num_rows = max(min(_POINTS_PER_CLUSTER * num_clusters, _MAX_SAMPLE), 32 * num_clusters)
-    if len(weights) <= num_rows:
-        return torch.arange(len(weights)), weights.float()
-    edges = weights.double().cumsum(0)
-    marks = (torch.arange(num_rows, dtype=torch.float64) + torch.rand((), dtype=torch.float64, generator=generator)) * (edges[-1] / num_rows)
-    rows, times = torch.unique_consecutive(torch.searchsorted(edges, marks, right=True).clamp(max=len(weights) - 1), return_counts=True)
-    return rows, times.float()
+    return systematic_sample(lambda: [weights], num_sample_rows(num_clusters), generator=generator)
 
 
 def _distinct_if_few(points: Tensor, limit: int) -> Tensor | None:
@@ -128,6 +143,15 @@ def _distinct_if_few(points: Tensor, limit: int) -> Tensor | None:
         return None
     distinct = torch.unique(points, dim=0)
     return distinct if len(distinct) <= limit else None
+
+
+def _start(points: Tensor, weights: Tensor, num_clusters: int, num_iters: int, tolerance: float, generator: torch.Generator) -> Tensor:
+    """Centroids of a part of the points where there are many for each cluster, which leaves few iterations over all of them; else a spread start."""
+    if len(points) < 2 * _START_POINTS * num_clusters:
+        return _spread_start(points, weights, num_clusters, generator)
+    rows, few = systematic_sample(lambda: [weights.cpu()], _START_POINTS * num_clusters, generator=generator)
+    part = points[rows.to(points.device)]
+    return kmeans(part, num_clusters, weights=few, num_iters=num_iters, tolerance=tolerance, generator=generator)
 
 
 def _spread_start(points: Tensor, weights: Tensor, num_clusters: int, generator: torch.Generator) -> Tensor:

@@ -84,7 +84,7 @@ def test_a_curve_foresees_the_error_of_a_fit_in_units_of_the_loss():
         table = setting.build(3000, 8)
         table.weigh(sensitivity)
         found = expected_rise(sensitivity, table.fit(weight, counts).decode().detach() - weight)
-        assert found / 1.5 < expected < 1.5 * found, setting
+        assert found / 1.6 < expected < 1.6 * found, setting
 
 
 def test_a_sample_of_the_rows_is_enough(monkeypatch):
@@ -95,15 +95,6 @@ def test_a_sample_of_the_rows_is_enough(monkeypatch):
     assert not torch.equal(part.borders, whole.borders)
     importance = counts.float() ** 0.75
     assert weighted_error(part.decode(), weight, importance) < 1.25 * weighted_error(whole.decode(), weight, importance)
-
-
-def test_a_sample_weighs_as_the_rows_it_stands_for():
-    weights = make_counts(500_000).float() ** 0.75
-    rows, found = vrq._mixed_sample(weights, 100_000)
-    assert len(rows) < 140_000
-    for first, last in [(0, 10), (10, 1000), (1000, 100_000), (100_000, 500_000)]:
-        inside = (rows >= first) & (rows < last)
-        assert float(found[inside].sum()) == pytest.approx(float(weights[first:last].sum()), rel=0.01)
 
 
 def test_rows_of_any_order_are_as_good_as_sorted_ones():

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from leanrec.ops.additive import beam_search, improve_codes, residual_codebooks, sum_words, update_codebooks
+from leanrec.ops.additive import NormalSums, beam_search, improve_codes, residual_codebooks, sum_words, update_codebooks
 
 
 def seeded(seed):
@@ -56,3 +56,14 @@ def test_updates_come_to_the_weighted_least_squares_solution():
     least = squared_error(points, codes, solution, weights)
     assert squared_error(points, codes, once, weights) < squared_error(points, codes, codebooks, weights)
     assert squared_error(points, codes, many, weights) == pytest.approx(least, rel=1e-3)
+
+
+def test_sums_of_pieces_give_the_update_of_all_points():
+    points, weights = torch.randn(500, 5, generator=seeded(10)), torch.rand(500, generator=seeded(11))
+    codebooks, codes = residual_codebooks(points, 3, 6, weights=weights, generator=seeded(12))
+    sums = NormalSums.empty(codebooks)
+    for some in torch.arange(500).split(120):
+        sums.add(points[some], codes[some], weights[some])
+    expected = update_codebooks(points, codes, codebooks, weights=weights)
+    torch.testing.assert_close(sums.update(codebooks), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(expected, codebooks)
