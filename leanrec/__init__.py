@@ -41,6 +41,7 @@ from leanrec.move import move_tables
 from leanrec.report import Report, report
 from leanrec.sensitivity import measure_sensitivity
 from leanrec.storage import load, save
+from leanrec.stream import compress_table
 
 __all__ = [
     "CAFE",
@@ -76,6 +77,7 @@ __all__ = [
     "TensorTrain",
     "compress",
     "compress_dense",
+    "compress_table",
     "fit_budget",
     "load",
     "measure_sensitivity",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from leanrec.cli.display import display, print_table, show_training
-from leanrec.cli.values import methods_from, settings_from, shape_from
+from leanrec.cli.values import is_table, methods_from, settings_from, shape_from
 
 if TYPE_CHECKING:
     from leanrec.methods.base import Method
@@ -214,17 +214,26 @@ def train(
         "leanrec compress runs/base --method '*.item=PQ(num_subspaces=8)' --method '*.user=Scalar(num_bits=4)' --out runs/mixed",
         "leanrec compress runs/base --max-auc-drop 0.0005 --out runs/smallest",
         "leanrec compress runs/base --ratio 50 --dense-ratio 4 --out runs/smaller",
+        "leanrec compress items.npy --method 'PQ(num_subspaces=8)' --counts counts.npy --out items-small",
+        "leanrec compress model.safetensors --tensor item.weight --ratio 16 --out items-small",
     )
 )
 def compress(
-    run: Run,
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder that `leanrec train` or `leanrec compress` wrote; or a table in a file, which need not fit into memory: .npy, .safetensors, "
+            ".parquet, or a folder of torch.distributed.checkpoint.",
+        ),
+    ],
     out: Out,
     method: Annotated[
         list[str] | None,
         typer.Option(
             metavar="METHOD",
             help="See `leanrec methods`. GLOB=METHOD, given several times, chooses by the tables' paths: the first match decides, and the "
-            "method None, as no match, leaves a table alone.  [default: VRQ()]",
+            "method None, as no match, leaves a table alone.  [default: VRQ(); PQ() for a table in a file]",
         ),
     ] = None,
     ratio: Annotated[
@@ -240,13 +249,26 @@ def compress(
     ] = None,
     tune_epochs: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Most passes of fine-tuning afterwards; 0 for none.")] = 2,
     tune_learning_rate: Annotated[float, typer.Option(metavar="NUMBER", help="Of the fine-tuning.")] = 1e-4,
+    tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of a table in a file: the tensor or column, where there are several.")] = None,
+    counts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of a table in a file: how often each row is looked up, integers in a file of the same kinds.")
+    ] = None,
     seed: Seed = 0,
     threads: Threads = None,
 ) -> None:
-    """Compress the embedding tables of a run, and its linear layers if so asked.
+    """Compress the embedding tables of a run, and its linear layers if so asked; or a table in a file.
 
-    What is left of the model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it.
+    What is left of a run's model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it.
+    A table in a file is read in stretches and its compressed form written as it goes, in little memory.
     """
+    if is_table(run):
+        if max_auc_drop is not None or dense_ratio is not None:
+            raise typer.BadParameter(f"{run} is a table, not a run: it has no model whose AUC or linear layers --max-auc-drop or --dense-ratio mean.")
+        _use_threads(threads)
+        _compress_table(run, out, method or ["PQ()"], tensor, counts, ratio, nbytes, seed)
+        return
+    if tensor is not None or counts is not None:
+        raise typer.BadParameter(f"{run} is a run, which has its own counts: --tensor and --counts go with a table in a file.")
     from leanrec import runs
     from leanrec.recommender import open_run
     from leanrec.tune import TUNING, compress_run, size_report
@@ -273,6 +295,23 @@ def compress(
         typer.echo(f"\n{_one_step_further(record['kept'], record['beyond'])}")
     valid = record["valid"]
     typer.echo(f"\nvalidation AUC {valid['auc']:.5f} (before tuning {valid['auc_untuned']:.5f}), log loss {valid['logloss']:.5f}")
+    typer.echo(f"written: {out}")
+
+
+def _compress_table(
+    source: Path, out: Path, method: list[str], name: str | None, counts: Path | None, ratio: float | None, nbytes: int | None, seed: int
+) -> None:
+    from leanrec.stream import compress_table
+
+    text = methods_from(method)
+    if not isinstance(text, str):
+        raise typer.BadParameter(f"--method {method[0]!r}: a table in a file takes one method, without a pattern.")
+    with display() as shown:
+        record = compress_table(source, text, out, name=name, counts=counts, ratio=ratio, nbytes=nbytes, seed=seed, progress=shown.work)
+    table = record["table"]
+    typer.echo(f"{table['num_embeddings']:,} x {table['embedding_dim']} by {record['method_used']}")
+    error = "" if table["error"] is None else f", error {table['error']:.4f}"
+    typer.echo(f"{table['nbytes']:,} bytes of {table['nbytes_full']:,}, {table['ratio']:.1f}x{error}; {record['peak_memory']:,} bytes of memory")
     typer.echo(f"written: {out}")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
+TABLE_SUFFIXES = (".npy", ".safetensors", ".parquet")
 CONSTANTS = {"true": True, "false": False, "none": None}
 
 
@@ -50,6 +52,11 @@ def methods_from(texts: Sequence[str]) -> str | dict[str, str | None]:
             f"--method {texts[pairs.index(None)]!r}: with several methods, each needs its tables, such as '*.item=PQ()' or '*=None'."
         )
     return {pair[1].strip(): None if pair[2].strip() == "None" else pair[2].strip() for pair in pairs if pair is not None}
+
+
+def is_table(path: Path) -> bool:
+    """Whether a path names a table in a file or folder rather than a run."""
+    return path.suffix in TABLE_SUFFIXES or path.is_file() or (path / ".metadata").is_file()
 
 
 def shape_from(text: str) -> tuple[int, int]:

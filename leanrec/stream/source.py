@@ -1,0 +1,195 @@
+"""Tables of vectors, and vectors of counts, in files: read a stretch or some rows at a time, never whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What a row is made of: name in a safetensors header -> type. Counts are integers, vectors floats.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "U8": torch.uint8,
+}
+_NUMPY_NAMES = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16", "u1": "U8"}
+_TAKE_ROWS = 16_384
+_FAR_ROWS = 256  # so far apart, rows are read one by one and not with all that lies between them
+
+
+class Source(ABC):
+    """Rows on the disk.
+
+    Attributes:
+        path: The file or folder.
+        num_rows: V.
+        row_shape: Of one row: (D,), or () where a row is one number.
+        dtype: Of the values.
+    """
+
+    path: Path
+    num_rows: int
+    row_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that are read."""
+        return [self.path]
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows from one to before another: (N, *row_shape).
+
+        Raises:
+            ValueError: The file ends before them, or they are not what they should be.
+        """
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Some rows: (S,) int64, rising -> (S, *row_shape)."""
+        rows = torch.empty(len(ids), *self.row_shape, dtype=self.dtype)
+        for start in range(0, self.num_rows, _TAKE_ROWS):
+            low, high = torch.searchsorted(ids, torch.tensor([start, start + _TAKE_ROWS])).tolist()
+            if low < high:
+                rows[low:high] = self.read(start, min(start + _TAKE_ROWS, self.num_rows))[ids[low:high] - start]
+        return rows
+
+    def chunks(self, start: int, chunk_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """First row and rows of each stretch from `start` on, one being read while another is worked on."""
+        starts = range(start, self.num_rows, chunk_rows)
+        with ThreadPoolExecutor(1) as reader:
+            waiting = [reader.submit(self.read, first, min(first + chunk_rows, self.num_rows)) for first in starts[:1]]
+            for place, first in enumerate(starts):
+                rows = waiting.pop().result()
+                waiting = [reader.submit(self.read, after, min(after + chunk_rows, self.num_rows)) for after in starts[place + 1 : place + 2]]
+                yield first, rows
+
+
+class Stretch(Source):
+    """Rows one after another in a file, little-endian and row by row, as `.npy` and safetensors files hold them."""
+
+    def __init__(self, path: Path, first_byte: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.path, self.dtype, self.num_rows, self.row_shape = path, dtype, shape[0], shape[1:]
+        self._first_byte = first_byte
+        self._row_values = int(np.prod(self.row_shape))
+        # Read, not mapped: pages of a mapped file count as memory of the process for as long as they are there.
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        end = first_byte + self.num_rows * self._row_values * dtype.itemsize
+        if path.stat().st_size < end:
+            raise ValueError(f"{path}: is truncated: it has {path.stat().st_size} bytes, but its table ends at byte {end}. Copy it again.")
+
+    def read(self, start: int, stop: int) -> Tensor:  # noqa: D102  # as in Source
+        rows = torch.empty(stop - start, *self.row_shape, dtype=self.dtype)
+        self._fill(_bytes_of(rows), start)
+        return rows
+
+    def take(self, ids: Tensor) -> Tensor:  # noqa: D102  # as in Source
+        if self.num_rows < _FAR_ROWS * len(ids):
+            return super().take(ids)
+        rows = torch.empty(len(ids), *self.row_shape, dtype=self.dtype)
+        target, size = _bytes_of(rows), self._row_values * self.dtype.itemsize
+        for place, row in enumerate(ids.tolist()):
+            self._fill(target[place * size : (place + 1) * size], row)
+        return rows
+
+    def _fill(self, target: memoryview, row: int) -> None:
+        """Read bytes from a row on."""
+        place = self._first_byte + row * self._row_values * self.dtype.itemsize
+        while target and (count := os.preadv(self._file, [target], place)):
+            target, place = target[count:], place + count
+        if target:
+            raise ValueError(f"{self.path}: was cut off while it was read, at byte {place}. Copy it again.")
+
+
+def _bytes_of(rows: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return rows.reshape(-1).view(torch.uint8).numpy().data
+
+
+def open_source(path: Path, name: str | None = None) -> Source:
+    """The rows in a `.npy` or safetensors file, a Parquet file, or a folder of torch.distributed.checkpoint.
+
+    Args:
+        path: The file or folder.
+        name: Of the tensor or column, where there are several.
+
+    Raises:
+        ValueError: The file is missing, damaged, of another format or type, or holds no such tensor.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file. Give a .npy, .safetensors or .parquet file, or a folder of torch.distributed.checkpoint.")
+    if path.is_dir():
+        from leanrec.stream.checkpoint import open_checkpoint
+
+        return open_checkpoint(path, name)
+    if path.suffix == ".parquet":
+        from leanrec.stream.parquet import ParquetRows
+
+        return ParquetRows(path, name)
+    if path.suffix == ".npy":
+        return _open_npy(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, name)
+    raise ValueError(f"{path}: of unknown format. Give a .npy, .safetensors or .parquet file, or a folder of torch.distributed.checkpoint.")
+
+
+def choose_name(path: Path, name: str | None, shapes: dict[str, tuple[int, ...]]) -> str:
+    """The name that was asked for, or the only one there is.
+
+    Raises:
+        ValueError: There are several and none was asked for, or another one was.
+    """
+    listed = ", ".join(f"{known!r} ({' x '.join(map(str, shape))})" for known, shape in list(shapes.items())[:20]) or "none"
+    if name is None and len(shapes) != 1:
+        raise ValueError(f"{path}: holds {len(shapes)} tensors. Name one of {listed}.")
+    if name is not None and name not in shapes:
+        raise ValueError(f"{path}: holds no {name!r}. Name one of {listed}.")
+    return name or next(iter(shapes))
+
+
+def _open_npy(path: Path) -> Source:
+    with path.open("rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_column, dtype = reader(file)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path}: no .npy file, or a truncated one ({error}).") from None
+        first_byte = file.tell()
+    if by_column and len(shape) > 1:
+        raise ValueError(f"{path}: is stored column by column. Save it again with numpy.ascontiguousarray.")
+    kind = _NUMPY_NAMES.get(dtype.str[1:]) if dtype.str[0] in "<|" else None
+    if kind is None or not shape:
+        raise ValueError(f"{path}: holds {dtype} of shape {shape}. Give rows of little-endian floats of 2, 4 or 8 bytes (or, for counts, integers).")
+    return Stretch(path, first_byte, DTYPES[kind], shape)
+
+
+def _open_safetensors(path: Path, name: str | None) -> Source:
+    with path.open("rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            shapes = {known: tuple(entry["shape"]) for known, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: no safetensors file, or a truncated one ({error}).") from None
+    entry = entries[choose_name(path, name, shapes)]
+    if entry["dtype"] not in DTYPES or not entry["shape"]:
+        raise ValueError(f"{path}: holds {entry['dtype']} of shape {tuple(entry['shape'])}. Give rows of one of {list(DTYPES)}.")
+    return Stretch(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
