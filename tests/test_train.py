@@ -17,6 +17,7 @@ from leanrec.methods import PQ
 from leanrec.ops.metrics import auc
 from leanrec.recommender import build, open_run, predict
 from leanrec.train import RowAdam, TrainSettings, train, train_recommender, train_run
+from leanrec.train.state import State
 
 FAST = TrainSettings(epochs=4, batch_size=256, learning_rate=3e-3, table_learning_rate=3e-2, patience=4)
 MODEL = {"embedding_dim": 8, "hidden_units": [16], "dropout": 0.2}
@@ -50,6 +51,53 @@ def test_row_adam_agrees_with_torch_on_sparse_and_on_dense_gradients():
     assert torch.allclose(random_steps(lambda parameters: RowAdam(parameters, lr=0.1, eps=1e-30), sparse=True), sparse, atol=1e-6)
     dense = random_steps(lambda parameters: torch.optim.Adam(parameters, lr=0.1), sparse=False)
     assert torch.allclose(random_steps(lambda parameters: RowAdam(parameters, lr=0.1), sparse=False), dense, atol=1e-6)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_row_adagrad_is_its_formula(sparse):
+    def optimizer(parameters):
+        return RowAdam([{"params": list(parameters), "row_adagrad": True}], lr=0.1)
+
+    draw = torch.Generator().manual_seed(0)
+    weight, sums = torch.randn(50, 4, generator=draw), torch.zeros(50)
+    for _ in range(5):
+        ids = torch.randint(20, (30,), generator=draw)
+        gradient = torch.zeros(50, 4).index_add(0, ids, 3 * weight[ids].square())
+        sums += gradient.square().mean(1)
+        weight -= 0.1 * gradient / (sums.sqrt() + 1e-8).unsqueeze(1)
+    assert torch.allclose(random_steps(optimizer, sparse=sparse), weight, atol=1e-5)
+
+
+def test_row_adagrad_keeps_one_number_per_row():
+    table = nn.Embedding(50, 4, sparse=True)
+    optimizer = RowAdam([{"params": [table.weight], "row_adagrad": True}], lr=0.1)
+    for _ in range(2):
+        table(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+    assert {name: tensor.shape for name, tensor in optimizer.state[table.weight].items()} == {"step": (), "sum": (50,)}
+    assert optimizer.state[table.weight]["sum"].nonzero().flatten().tolist() == [1, 2]
+    optimizer.forget(table.weight, torch.tensor([1]))
+    assert optimizer.state[table.weight]["sum"].nonzero().flatten().tolist() == [2]
+
+
+def test_adagrad_is_for_the_tables_alone(small_log):
+    recommender = build(small_log, "deepfm", MODEL, seed=0)
+    state = State(recommender.model, TrainSettings(table_optimizer="adagrad"))
+    tables = {parameter for path, parameter in recommender.model.named_parameters() if "tables" in path}
+    assert tables
+    for group in state.optimizer.param_groups:
+        assert all((parameter in tables) == group.get("row_adagrad", False) for parameter in group["params"])
+
+
+def test_the_optimizer_of_tables_is_recorded_where_it_is_not_adam():
+    """Settings of runs that were made before there was a choice must stay what they were: finished runs are found by them."""
+    before = (
+        "epochs batch_size learning_rate table_learning_rate l2 evaluations_per_epoch patience learning_rate_decay keep_initial seed checkpoint_steps"
+    )
+    assert list(TrainSettings().recorded()) == before.split()
+    assert TrainSettings(table_optimizer="adagrad").recorded()["table_optimizer"] == "adagrad"
+    with pytest.raises(ValueError, match=r"table_optimizer='sgd' is unknown. Choose one of \['adam', 'adagrad'\]"):
+        TrainSettings(table_optimizer="sgd")
 
 
 def test_a_step_leaves_rows_outside_the_batch_alone():
@@ -152,9 +200,9 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_another(small_log):
     assert not same_weights(models[0], models[2])
 
 
-@pytest.mark.parametrize("steps", [1, 30])
-def test_an_interrupted_training_goes_on_to_the_same_weights(small_log, tmp_path, steps):
-    settings = TrainSettings(**{**vars(FAST), "checkpoint_steps": 7, "l2": 1e-3})
+@pytest.mark.parametrize(("steps", "table_optimizer"), [(1, "adam"), (30, "adam"), (30, "adagrad")])
+def test_an_interrupted_training_goes_on_to_the_same_weights(small_log, tmp_path, steps, table_optimizer):
+    settings = TrainSettings(**{**vars(FAST), "checkpoint_steps": 7, "l2": 1e-3, "table_optimizer": table_optimizer})
     undisturbed = build(small_log, "deepfm", MODEL, seed=0)
     train(undisturbed.model, *loaders(small_log, undisturbed.schema, settings), settings)
 

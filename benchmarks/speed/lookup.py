@@ -76,7 +76,8 @@ def deepfm() -> None:
     """The whole forward pass of DeepFM with 26 tables."""
     rows, columns, batch = 1_000_000, 32, 4096
     schema = Schema(
-        label="label", fields=tuple(Field(name=f"c{number}", kind="categorical", vocabulary=f"c{number}", num_embeddings=rows) for number in range(26))
+        label="label",
+        fields=tuple(Field(name=f"c{number}", kind="categorical", vocabulary=f"c{number}", num_embeddings=rows) for number in range(26)),
     )
     full = build("deepfm", schema, embedding_dim=columns).eval()
     batches = [{f"c{number}": _zipf(rows, batch, seed=number + 100 * turn) for number in range(26)} for turn in range(BATCHES)]

@@ -164,6 +164,9 @@ def train(
     batch_size: Annotated[int, typer.Option(metavar="NUMBER", help="Rows in a batch.")] = 4096,
     learning_rate: Annotated[float, typer.Option(metavar="NUMBER", help="Of all that is not an embedding table.")] = 1e-3,
     table_learning_rate: Annotated[float | None, typer.Option(metavar="NUMBER", help="Of the embedding tables.  [default: that of the rest]")] = None,
+    table_optimizer: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the embedding tables: adam, or adagrad, which keeps one number per row.")
+    ] = "adam",
     l2: Annotated[float, typer.Option(metavar="NUMBER", help="Weight of the squared norm of the embeddings in a batch.")] = 0.0,
     evaluations_per_epoch: Annotated[int, typer.Option(metavar="NUMBER", help="Times per epoch that the validation AUC is taken.")] = 1,
     patience: Annotated[int, typer.Option(metavar="NUMBER", help="Evaluations without a better AUC after which training stops.")] = 2,
@@ -182,6 +185,7 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         table_learning_rate=table_learning_rate,
+        table_optimizer=table_optimizer,
         l2=l2,
         evaluations_per_epoch=evaluations_per_epoch,
         patience=patience,

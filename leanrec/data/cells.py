@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import polars as pl
+import pyarrow as pa
 
 MISSING_NUMBERS = ("", "na", "n/a", "nan", "null", "none", "\\n", "-")
 TIME_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
@@ -16,17 +17,19 @@ class Cells(NamedTuple):
 
     Attributes:
         value: Typed values.
-        is_wrong: Boolean: the cell holds something that is no such value.
+        is_wrong: Boolean: the cell holds something that is no such value; None where no cell can.
         fault: What is wrong then, in words.
     """
 
     value: pl.Expr
-    is_wrong: pl.Expr
+    is_wrong: pl.Expr | None
     fault: str
 
 
-def text_cells(name: str) -> Cells:
+def text_cells(name: str, dtype: pl.DataType) -> Cells:
     """Text of any scalar, without loss for whole numbers; missing is empty text."""
+    if dtype == pl.String:
+        return Cells(pl.col(name).fill_null(""), None, "")
     text = pl.col(name).cast(pl.String, strict=False)
     return Cells(text.fill_null(""), text.is_null() & pl.col(name).is_not_null(), "is no UTF-8 text")
 
@@ -50,13 +53,12 @@ def number_cells(name: str, dtype: pl.DataType) -> Cells:
     """Finite float64, null where missing."""
     raw = pl.col(name)
     if dtype in (pl.String, pl.Binary):
-        text = raw.cast(pl.String, strict=False).str.strip_chars()
-        number = text.cast(pl.Float64, strict=False)
-        is_missing = raw.is_null() | text.str.to_lowercase().is_in(MISSING_NUMBERS).fill_null(False)
-    else:
-        number = raw.cast(pl.Float64, strict=False)
-        is_missing = number.is_null() | number.is_nan()
-    is_number = number.is_finite().fill_null(False)
+        text = raw.cast(pl.String, strict=False)
+        number = text.map_batches(_numbers, return_dtype=pl.Float64)
+        is_no_text = text.is_null() & raw.is_not_null()
+        return Cells(number, is_no_text | text.map_batches(_are_no_numbers, return_dtype=pl.Boolean), "is no number")
+    number = raw.cast(pl.Float64, strict=False)
+    is_number, is_missing = number.is_finite().fill_null(False), number.is_null() | number.is_nan()
     return Cells(pl.when(is_number).then(number), ~is_number & ~is_missing, "is no number")
 
 
@@ -66,9 +68,47 @@ def bucket_cells(name: str, dtype: pl.DataType) -> Cells:
     The buckets above 2 begin with "b": x = 3 (ln(3)^2 = 1.2) and x = 1 stay apart, as in the winning solution of the Criteo challenge.
     """
     cells = number_cells(name, dtype)
-    large = pl.lit("b") + (cells.value.log(math.e) ** 2).floor().cast(pl.Int64, strict=False).cast(pl.String)
-    small = cells.value.floor().cast(pl.Int64, strict=False).cast(pl.String)
-    return cells._replace(value=pl.when(cells.value > 2).then(large).otherwise(small).fill_null(""))
+    if dtype in (pl.String, pl.Binary):
+        text = pl.col(name).cast(pl.String, strict=False)
+        return cells._replace(value=text.map_batches(_buckets_of_text, return_dtype=pl.String))
+    return cells._replace(value=cells.value.map_batches(_bucket_texts, return_dtype=pl.String))
+
+
+def _numbers(text: pl.Series) -> pl.Series:
+    """Finite numbers of text, null where it holds none."""
+    number = text.cast(pl.Float64, strict=False)
+    # Most cells are bare digits or empty: only where others are does the text need a closer look.
+    if (number.is_null() & (text != "")).any():
+        number = text.str.strip_chars().cast(pl.Float64, strict=False)
+    return number.to_frame().select(pl.when(pl.first().is_finite()).then(pl.first())).to_series()
+
+
+def _are_no_numbers(text: pl.Series) -> pl.Series:
+    """Which cells hold something that is neither a finite number nor missing."""
+    number = text.cast(pl.Float64, strict=False)
+    suspect = ~number.is_finite().fill_null(False) & (text != "").fill_null(False)
+    if not suspect.any():
+        return suspect
+    return suspect & _numbers(text).is_null() & ~text.str.strip_chars().str.to_lowercase().is_in(MISSING_NUMBERS)
+
+
+def _buckets_of_text(text: pl.Series) -> pl.Series:
+    """Text of the bucket of each number that is text. Counts repeat: each different text is read once."""
+    encoded = text.to_arrow().dictionary_encode(null_encoding="encode")
+    distinct = pl.Series(pa.chunked_array([encoded.dictionary]), dtype=pl.String)
+    return _bucket_texts(_numbers(distinct)).gather(encoded.indices.to_numpy(zero_copy_only=False))
+
+
+_FIRST_LARGE = 3  # place of the first bucket of numbers above 2, as what lies up to there has places up to 2
+
+
+def _bucket_texts(numbers: pl.Series) -> pl.Series:
+    """Text of the bucket of each number; "" where it is null."""
+    number = pl.first()
+    large = (number.log(math.e) ** 2).floor() + _FIRST_LARGE
+    place = pl.when(number > 2).then(large).otherwise(number.floor()).cast(pl.Int64, strict=False)
+    text = pl.when(pl.first() >= _FIRST_LARGE).then(pl.lit("b") + (pl.first() - _FIRST_LARGE).cast(pl.String)).otherwise(pl.first().cast(pl.String))
+    return numbers.to_frame().select(place).select(text.fill_null("")).to_series()
 
 
 def time_cells(name: str, dtype: pl.DataType) -> Cells:

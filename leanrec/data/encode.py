@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from leanrec.data.ahead import ahead
 from leanrec.data.columns import Column
 from leanrec.data.schema import Field, Kind, Schema
 from leanrec.data.shards import ShardWriter, read_shards
 from leanrec.data.staging import Progress
-from leanrec.data.vocabulary import Vocabulary, count_values, vocabulary_path
+from leanrec.data.vocabulary import Vocabulary, count_piece, merge_counts, vocabulary_of, vocabulary_path
 
 
 def build_vocabularies(staged: Path, out: Path, columns: Sequence[Column], progress: Progress) -> dict[str, Vocabulary]:
@@ -26,12 +28,11 @@ def build_vocabularies(staged: Path, out: Path, columns: Sequence[Column], progr
         columns: What the columns are.
         progress: Told the values found so far.
     """
-    train, found = pl.scan_parquet(staged / "train" / "*.parquet"), 0
-    vocabularies = {}
+    vocabularies, found = {}, 0
     for name in dict.fromkeys(column.vocabulary for column in columns if column.vocabulary is not None):
         sharing = [column for column in columns if column.vocabulary == name]
-        values = [train.select(_values(column)) for column in sharing]
-        table = count_values(values, min_count=_min_count(sharing))
+        pieces = itertools.chain.from_iterable(read_values(staged / "train", column) for column in sharing)
+        table = vocabulary_of(merge_counts(map(count_piece, pieces)), min_count=_min_count(sharing))
         path = vocabulary_path(out, name)
         path.parent.mkdir(exist_ok=True)
         table.write_parquet(path)
@@ -50,14 +51,21 @@ def describe_fields(staged: Path, columns: Sequence[Column], vocabularies: Mappi
 def encode(staged: Path, out: Path, schema: Schema, vocabularies: Mapping[str, Vocabulary], progress: Progress) -> None:
     """Write the rows of one split as ids, in their order."""
     with ShardWriter(out, _encoded_schema(schema)) as writer:
-        for batch in read_shards(staged, dictionary=[path for field in schema.fields for path in _text_paths(field)]):
-            encoded = {field.name: _encode(field, batch[field.name], vocabularies) for field in schema.fields}
-            writer.write(pa.table({**encoded, schema.label: batch[schema.label]}))
+        for table in ahead(_encoded(staged, schema, vocabularies)):
+            writer.write(table)
             progress(f"writing {out.name}", writer.num_rows)
 
 
-def _values(column: Column) -> pl.Expr:
-    return pl.col(column.name).list.explode().drop_nulls() if column.is_list else pl.col(column.name)
+def read_values(folder: Path, column: Column) -> Iterator[pa.DictionaryArray]:
+    """The values of one column of staged rows, those of lists one after another."""
+    for batch in read_shards(folder, columns=[column.name], dictionary=[_text_path(column)]):
+        yield batch[column.name].flatten() if column.is_list else batch[column.name]
+
+
+def _encoded(staged: Path, schema: Schema, vocabularies: Mapping[str, Vocabulary]) -> Generator[pa.Table, None, None]:
+    for batch in read_shards(staged, dictionary=[_text_path(field) for field in schema.fields if field.vocabulary is not None]):
+        ids = {field.name: _encode(field, batch[field.name], vocabularies) for field in schema.fields}
+        yield pa.table({**ids, schema.label: batch[schema.label]})
 
 
 def _min_count(sharing: Sequence[Column]) -> int:
@@ -92,9 +100,8 @@ def _encoded_schema(schema: Schema) -> pa.Schema:
     return pa.schema([*((field.name, types[field.kind]) for field in schema.fields), (schema.label, pa.int8())])
 
 
-def _text_paths(field: Field) -> Iterator[str]:
-    if field.vocabulary is not None:
-        yield f"{field.name}.list.element" if field.is_list else field.name
+def _text_path(column: Column | Field) -> str:
+    return f"{column.name}.list.element" if column.is_list else column.name
 
 
 def _encode(field: Field, cells: pa.Array, vocabularies: Mapping[str, Vocabulary]) -> pa.Array:

@@ -17,13 +17,16 @@ SHARD_ROW_GROUPS = 64
 class ShardWriter:
     """Writes `part-00000.parquet`, `part-00001.parquet`, ... with `ROW_GROUP_ROWS` rows in every row group but the last of all.
 
+    Shards that are `temporary`, read once and deleted, are written faster and are larger.
+
     Attributes:
         num_rows: Rows given so far.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, *, temporary: bool = False) -> None:
         folder.mkdir(parents=True)
         self.folder, self.schema, self.num_rows = folder, schema, 0
+        self._options = {"compression": "lz4", "write_statistics": False} if temporary else {"compression": "zstd"}
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
         self._shard: parquet.ParquetWriter | None = None
@@ -56,19 +59,20 @@ class ShardWriter:
             if self._shard is not None:
                 self._shard.close()
             path = self.folder / f"part-{self._row_groups // SHARD_ROW_GROUPS:05d}.parquet"
-            self._shard = parquet.ParquetWriter(path, self.schema, compression="zstd")
+            self._shard = parquet.ParquetWriter(path, self.schema, **self._options)
         assert self._shard is not None
         self._shard.write_table(rows, row_group_size=ROW_GROUP_ROWS)
         self._row_groups += 1
 
 
-def read_shards(folder: Path, *, dictionary: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+def read_shards(folder: Path, *, columns: Sequence[str] | None = None, dictionary: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
     """The rows that a `ShardWriter` wrote, in order, in batches of at most `ROW_GROUP_ROWS`.
 
     Args:
         folder: Where they are.
+        columns: Which columns to read; None for all.
         dictionary: Paths of text columns (`NAME`, or `NAME.list.element` of a list) to read as dictionaries.
     """
     for path in sorted(folder.glob("*.parquet")):
         with parquet.ParquetFile(path, read_dictionary=list(dictionary)) as file:
-            yield from file.iter_batches(batch_size=ROW_GROUP_ROWS)
+            yield from file.iter_batches(batch_size=ROW_GROUP_ROWS, columns=columns)

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from leanrec.data import cells
+from leanrec.data.ahead import ahead
 from leanrec.data.columns import Column
 from leanrec.data.settings import Settings
 from leanrec.data.shards import ShardWriter, read_shards
@@ -66,14 +67,14 @@ def stage(
     if settings.split_by is not None and len(edges):
         return _stage_by_time(source, writer, settings.split_by, edges, bad_rows)
     draw = np.random.default_rng([settings.seed, 0x5B117])  # a stream of its own: a synthetic log is often drawn from the same small seed
-    frames = (_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
+    frames = ahead(_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
     return writer.write((frame, np.searchsorted(edges, draw.random(len(frame)), side="right")) for frame in frames)
 
 
 def _stage_by_time(source: Source, writer: SplitWriter, time: str, edges: np.ndarray, bad_rows: BadRows) -> dict[str, int]:
     """Two steps: all rows with their times, and then, the times of the edges known, the splits. Rows of the same time stay together."""
     readings = [*writer.readings, Reading(TIME, time, pa.int64(), lambda dtype: cells.time_cells(time, dtype))]
-    frames = (_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
+    frames = ahead(_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
     replace(writer, splits=("all",), readings=readings).write((frame, np.zeros(len(frame))) for frame in frames)
     whole = writer.folder / "all"
     times = [_time_at(whole, share) for share in edges]
@@ -96,7 +97,7 @@ class SplitWriter:
         """Write all rows, each into the split of its number; returns split -> rows."""
         schema = pa.schema([(reading.name, reading.type) for reading in self.readings])
         with ExitStack() as stack:
-            writers = [stack.enter_context(ShardWriter(self.folder / split, schema)) for split in self.splits]
+            writers = [stack.enter_context(ShardWriter(self.folder / split, schema, temporary=True)) for split in self.splits]
             for frame, split_of_row in assigned:
                 for number, writer in enumerate(writers):
                     writer.write(frame.filter(pl.Series(split_of_row == number)).to_arrow())
@@ -112,7 +113,7 @@ def _reading(column: Column) -> Reading:
         length, keep_last = column.max_length, column.kind == "sequence"
         return Reading(name, name, pa.list_(pa.string()), lambda _: cells.list_cells(name, column.separator, max_length=length, keep_last=keep_last))
     if column.kind == "categorical":
-        return Reading(name, name, pa.string(), lambda _: cells.text_cells(name))
+        return Reading(name, name, pa.string(), lambda dtype: cells.text_cells(name, dtype))
     if column.vocabulary is None:
         return Reading(name, name, pa.float64(), lambda dtype: cells.number_cells(name, dtype))
     return Reading(name, name, pa.string(), lambda dtype: cells.bucket_cells(name, dtype))
@@ -126,10 +127,12 @@ def _typed(chunk: Chunk, readings: Sequence[Reading], bad_rows: BadRows) -> pl.D
         raise ValueError(f"{chunk.path}: no column {missing[0]!r}; its columns are {schema.names()}. All files need the columns of the first.")
     read = [(reading, reading.cells(schema[reading.raw])) for reading in readings]
     typed = chunk.rows.select(cell.value.alias(reading.name) for reading, cell in read)
-    wrong = chunk.rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read)
-    is_bad = wrong.select(pl.any_horizontal(pl.all())).to_series()
+    wrong = chunk.rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read if cell.is_wrong is not None)
+    is_bad = wrong.select(pl.any_horizontal(pl.all())).to_series()  # there is always a label, which can be wrong
+    if not is_bad.any():
+        return typed
     for row in is_bad.arg_true():
-        reading, cell = next((reading, cell) for reading, cell in read if wrong[reading.name][row])
+        reading, cell = next((reading, cell) for reading, cell in read if reading.name in wrong and wrong[reading.name][row])
         reason = f"{reading.raw} {cell.fault}"
         bad_rows.add(chunk.path, int(chunk.numbers[row]), reason, f"{reason}: {chunk.rows[reading.raw][row]!r}", unit=chunk.unit)
     return typed.filter(~is_bad)

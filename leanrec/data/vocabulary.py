@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,6 +19,9 @@ from leanrec.data.schema import FIRST_ID, UNKNOWN_ID, Schema
 FOLDER = "vocabulary"
 
 
+MERGED_VALUES = 1 << 20  # values of pieces that wait to be counted together
+
+
 class Vocabulary:
     """Raw value -> id, for looking up many values at once.
 
@@ -27,37 +31,94 @@ class Vocabulary:
 
     def __init__(self, table: pl.DataFrame) -> None:
         self.num_embeddings = len(table)
-        known = table.filter(pl.col("id") >= FIRST_ID).sort("value")
-        self._values, self._ids = known["value"], known["id"].to_numpy()
+        self._values = table["value"].slice(FIRST_ID)
+        self._seed, hashes = _distinct_hashes(self._values)
+        self._places = np.argsort(hashes).astype(np.int32)
+        self._hashes = hashes[self._places]
 
     def ids(self, values: pa.DictionaryArray) -> np.ndarray:
         """(N,) int32 ids of N values of text without nulls; 1 where a value is not in the vocabulary.
 
-        Only the distinct values of a batch are searched for, by bisection in the sorted vocabulary: exact, no larger than the vocabulary itself,
-        and no index is built anew for each batch.
+        Only the distinct values of a batch are searched for: in the sorted hashes of the vocabulary, in their own order, so that neighbours find
+        each other's memory in the cache. Exact: a value counts as found where the text is the same, and no two of the vocabulary share a hash.
         """
         indices = values.indices.to_numpy(zero_copy_only=False)
         if not len(self._values):
             return np.full(len(indices), UNKNOWN_ID, dtype=np.int32)
         distinct = pl.Series(pa.chunked_array([values.dictionary]), dtype=pl.String)
-        places = self._values.search_sorted(distinct).clip(0, len(self._values) - 1)
+        hashes = distinct.hash(self._seed).to_numpy()
+        order = np.argsort(hashes)
+        places = np.empty(len(order), dtype=np.int32)
+        places[order] = self._places[np.searchsorted(self._hashes, hashes[order]).clip(max=len(self._hashes) - 1)]
         is_known = (self._values.gather(places) == distinct).to_numpy()
-        return np.where(is_known, self._ids[places.to_numpy()], UNKNOWN_ID).astype(np.int32)[indices]
+        return np.where(is_known, places + FIRST_ID, UNKNOWN_ID).astype(np.int32)[indices]
 
 
-def count_values(columns: Sequence[pl.LazyFrame], *, min_count: int) -> pl.DataFrame:
-    """Vocabulary of all values in `columns`: `value` (text, null for ids 0 and 1), `id` (int32) and `count` (int64), V rows sorted by id.
+def _distinct_hashes(values: pl.Series) -> tuple[int, np.ndarray]:
+    """A seed with which no two of some different values have the same 64 bits of hash, and those hashes."""
+    for seed in itertools.count():
+        hashes = values.hash(seed)
+        if hashes.n_unique() == len(values):
+            return seed, hashes.to_numpy()
+    raise AssertionError("there is always a further seed")
+
+
+def vocabulary_of(counts: pl.DataFrame, *, min_count: int) -> pl.DataFrame:
+    """Vocabulary of some counted values: `value` (text, null for ids 0 and 1), `id` (int32) and `count` (int64), V rows sorted by id.
 
     Args:
-        columns: One column of text each, of the training split.
+        counts: `value`, text without nulls, and `count`, each value once; see `merge_counts`.
         min_count: Rarer values are left out; the count of unknown is how often they occurred.
     """
-    texts = [column.select(pl.all().alias("value")) for column in columns]
-    counts = pl.concat(texts).group_by("value").agg(pl.len().cast(pl.Int64).alias("count")).collect(engine="streaming")
-    known = counts.filter(pl.col("count") >= min_count).sort("count", "value", descending=[True, False])
+    known = _by_count(counts.filter(pl.col("count") >= min_count))
     dropped = int(counts["count"].sum()) - int(known["count"].sum())
     special = pl.DataFrame({"value": [None, None], "count": [0, dropped]}, schema={"value": pl.String, "count": pl.Int64})
     return pl.concat([special, known.select("value", "count")]).select("value", pl.int_range(pl.len(), dtype=pl.Int32).alias("id"), "count")
+
+
+def _by_count(counts: pl.DataFrame) -> pl.DataFrame:
+    """Rows of `value` and `count` by falling count, and where that is equal by the bytes of the text."""
+    beginnings, falling = _first_bytes(counts["value"]), -counts["count"].to_numpy()
+    order = np.lexsort((beginnings, falling))
+    beginnings, falling = beginnings[order], falling[order]
+    if ((beginnings[1:] == beginnings[:-1]) & (falling[1:] == falling[:-1])).any():  # the first bytes do not decide
+        return counts.sort("count", "value", descending=[True, False])
+    return counts[order]
+
+
+def _first_bytes(texts: pl.Series) -> np.ndarray:
+    """(N,) uint64 in the order of the first 8 bytes of each text, a shorter one filled up with zeros."""
+    array = texts.to_arrow().cast(pa.large_binary())
+    offsets, data = np.frombuffer(array.buffers()[1], dtype=np.int64)[: len(array) + 1], np.frombuffer(array.buffers()[2] or b"", dtype=np.uint8)
+    ends, first = offsets[1:], np.zeros(len(array), dtype=np.uint64)
+    for place in range(8):
+        places = offsets[:-1] + place
+        bytes_here = np.where(places < ends, data[np.minimum(places, max(len(data) - 1, 0))], 0) if len(data) else 0
+        first = first << np.uint64(8) | np.asarray(bytes_here, dtype=np.uint64)
+    return first
+
+
+def count_piece(values: pa.DictionaryArray) -> pl.DataFrame:
+    """`value` and `count` of one piece of a column."""
+    counts = np.bincount(values.indices.to_numpy(zero_copy_only=False), minlength=len(values.dictionary))
+    table = pl.DataFrame({"value": pl.Series(pa.chunked_array([values.dictionary]), dtype=pl.String), "count": counts.astype(np.int64)})
+    return table if counts.all() else table.filter(pl.col("count") > 0)
+
+
+def merge_counts(tables: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """`value` and `count` of all pieces together, each value once, in no order. A piece may itself be merged, of another shard or worker."""
+    waiting, num_waiting = [pl.DataFrame(schema={"value": pl.String, "count": pl.Int64})], 0
+    for table in tables:
+        waiting.append(table)
+        num_waiting += len(table)
+        # As much waits as is merged already: so every value is merged a number of times that grows with the logarithm of the rows.
+        if num_waiting > max(MERGED_VALUES, len(waiting[0])):
+            waiting, num_waiting = [_merged(waiting)], 0
+    return _merged(waiting)
+
+
+def _merged(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    return pl.concat(tables).lazy().group_by("value").agg(pl.col("count").sum()).collect(engine="streaming")
 
 
 def vocabulary_path(folder: Path, name: str) -> Path:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+TABLE_OPTIMIZERS = ("adam", "adagrad")
 
 
 @dataclass(frozen=True)
@@ -12,6 +15,7 @@ class TrainSettings:
         batch_size: Rows in a batch.
         learning_rate: Of Adam, for all that is not an embedding table.
         table_learning_rate: For the embedding tables; None takes `learning_rate`.
+        table_optimizer: Of the embedding tables: "adam", or "adagrad" with one number of state per row. The rest always has Adam.
         l2: Weight of the squared norm of the embeddings that a batch looks up, per row of the batch.
         evaluations_per_epoch: Times per epoch that the validation AUC is taken. Logs with many rare ids over-fit within an epoch.
         patience: Evaluations without a new best AUC after which training stops.
@@ -33,8 +37,11 @@ class TrainSettings:
     keep_initial: bool = False
     seed: int = 0
     checkpoint_steps: int = 1000
+    table_optimizer: str = "adam"
 
     def __post_init__(self) -> None:
+        if self.table_optimizer not in TABLE_OPTIMIZERS:
+            raise ValueError(f"table_optimizer={self.table_optimizer!r} is unknown. Choose one of {list(TABLE_OPTIMIZERS)}.")
         for name in ("epochs", "batch_size", "evaluations_per_epoch", "patience", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -46,3 +53,10 @@ class TrainSettings:
             raise ValueError(f"l2={self.l2} must be 0 or more.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1.")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a run keeps of them. The optimizer of tables only where it is not Adam: it came later, and older runs are still the same runs."""
+        settings = asdict(self)
+        if self.table_optimizer == "adam":
+            del settings["table_optimizer"]
+        return settings

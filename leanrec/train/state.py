@@ -94,13 +94,17 @@ class State:
 
 
 def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Parameters of embedding tables, and all others, each with its learning rate."""
+    """Parameters of embedding tables, and all others, each with its learning rate and rule."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag | Table)]
     in_tables = {parameter for module in modules for parameter in module.parameters()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter not in in_tables], "lr": settings.learning_rate},
-        {"params": [parameter for parameter in parameters if parameter in in_tables], "lr": settings.table_learning_rate or settings.learning_rate},
+        {
+            "params": [parameter for parameter in parameters if parameter in in_tables],
+            "lr": settings.table_learning_rate or settings.learning_rate,
+            "row_adagrad": settings.table_optimizer == "adagrad",
+        },
     ]
     return [group for group in groups if group["params"]]
 
