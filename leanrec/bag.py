@@ -74,6 +74,8 @@ class TableBag(nn.Module):
 
     def _pool_at_once(self, input: Tensor, offsets: Tensor | None, weights: Tensor | None) -> Tensor | None:
         """As `forward` by the look-up kernel; None where it cannot, or the call is one that torch will refuse."""
+        if not isinstance(self.table, Table) or self.table._forward_hooks:  # who listens to the table hears its rows
+            return None
         coded = self.table.coded()
         if coded is None or not input.is_cpu or not fused.takes(coded, input) or torch.compiler.is_compiling():
             return None

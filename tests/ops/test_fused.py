@@ -152,6 +152,14 @@ def test_bags_are_those_of_torch(method, mode, padding, last, monkeypatch):
     assert len(calls) == (1 if last else 2)
 
 
+def test_who_listens_to_the_table_of_a_bag_hears_its_rows():
+    bag, heard = TableBag(make_table(Scalar()), mode="sum"), []
+    bag.table.register_forward_hook(lambda table, ids, rows: heard.append(rows))
+    with torch.no_grad():
+        pooled = bag(torch.tensor([[1, 2]]))
+    torch.testing.assert_close(heard[0].sum(0, keepdim=True), pooled)
+
+
 @pytest.mark.parametrize("offsets", [[1, 5], [0, 7, 5], [0, 50], [0, -1, 5]])
 def test_offsets_that_do_not_fit_are_an_error(offsets):
     bag = TableBag(make_table(PQ()), mode="sum")
