@@ -1,6 +1,7 @@
 """Look-ups in compressed tables against `torch.nn.functional.embedding` on the float32 table.
 
 `python benchmarks/speed/lookup.py` measures all; `python benchmarks/speed/lookup.py large small one_row deepfm` some. Needs 8 GB of memory.
+Give it OMP_WAIT_POLICY=PASSIVE: else torch's threads spin after each call of theirs, in the way of the kernel's.
 Codes are random, which takes the kernel as long as any others; the levels of VRQ end as those of fitted tables do, fewer and fewer rows having more.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -116,7 +118,7 @@ def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, r
 def _write(name: str, seconds: dict[str, float], other: str, ours: str, *, bar: float, unit: str, scale: float, setting: dict[str, Any]) -> None:
     shown = {f"{key} {unit}": value * scale for key, value in seconds.items() if key in (other, ours, "torch", "nn.Embedding")}
     against = "F.embedding on the float32 table" if other == "embedding" else "the same model with float32 tables"
-    setting = {**setting, "threads": torch.get_num_threads()}
+    setting = {**setting, "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset")}
     record.write(name, ratio=seconds[other] / seconds[ours], bar=bar, against=against, medians=shown, setting=setting, note=_NOTES.get(name, ""))
 
 
