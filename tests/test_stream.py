@@ -327,12 +327,19 @@ def write_bad(folder, kind):
         path = folder / "bad.safetensors"
         save_file({"a": torch.ones(3, 4)}, path)
         path.write_bytes(path.read_bytes()[:-1])
+    elif kind == "negative safetensors":
+        path = folder / "bad.safetensors"
+        header = json.dumps({"a": {"dtype": "F32", "shape": [-3, 4], "data_offsets": [0, 48]}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(48))
     elif kind == "lists":
         path = folder / "bad.parquet"
         pq.write_table(pa.table({"v": [[1.0, 2.0], [1.0, 2.0], [3.0]]}), path)
     elif kind == "null":
         path = folder / "bad.parquet"
         pq.write_table(pa.table({"v": [[1.0, 2.0], None, [3.0, 4.0]]}), path)
+    elif kind == "columns of parquet":
+        path = folder / "bad.parquet"
+        pq.write_table(pa.table({"u": [[1.0], [2.0]], "v": [[1.0], [2.0]], "text": ["a", "b"]}), path)
     elif kind == "short parquet":
         path = folder / "bad.parquet"
         pq.write_table(pa.table({"v": [[1.0, 2.0]]}), path)
@@ -359,8 +366,10 @@ def write_bad(folder, kind):
         ("tensors", r"holds 2 tensors. Name one of 'a' \(3 x 4\), 'b' \(2 x 4\)"),
         ("no tensor", "holds no 'c'. Name one of 'a'"),
         ("short safetensors", "is truncated"),
+        ("negative safetensors", r"no safetensors file, or a truncated one \(a negative number"),
         ("lists", "row 2 of 'v' has 1 values, the first row has 2"),
         ("null", "row 1 of 'v' is null"),
+        ("columns of parquet", r"holds 2 columns of numbers. Name one of 'u' \(2\), 'v' \(2\)\."),
         ("short parquet", "no Parquet file, or a truncated one"),
     ],
 )
@@ -373,6 +382,16 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(tmp_path, capsys, kind, m
         options = [part for name, value in settings.items() for part in (f"--{'tensor' if name == 'name' else name}", str(value))]
         assert run(["compress", str(path), "--method", "Scalar()", "--out", str(tmp_path / "out"), *options]) == 1
         assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def test_input_that_was_mended_is_compressed_by_the_same_command(tmp_path):
+    path, _ = write_bad(tmp_path, "nan")
+    with pytest.raises(ValueError, match="row 321"):
+        compress(path, tmp_path / "out", METHOD)
+    np.save(path, make_weight(500).numpy())
+    compress(path, tmp_path / "out", METHOD)
+    compress(path, tmp_path / "other", METHOD)
+    assert (tmp_path / "out" / "table.safetensors").read_bytes() == (tmp_path / "other" / "table.safetensors").read_bytes()
 
 
 class Malice:
@@ -423,7 +442,7 @@ def test_a_method_that_needs_all_rows_says_so(files, tmp_path, method):
 
 def test_counts_that_do_not_fall_are_an_error_where_rows_should_be_sorted(files, tmp_path):
     np.save(tmp_path / "counts.npy", make_counts().flip(0).numpy())
-    with pytest.raises(ValueError, match=r"counts do not fall with the row number"):
+    with pytest.raises(ValueError, match=r"counts\.npy: the counts do not fall with the row number.*Sort the rows .* or take RQ\(\)"):
         compress(files / "table.npy", tmp_path / "out", "VRQ()", counts=tmp_path / "counts.npy")
 
 

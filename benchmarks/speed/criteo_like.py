@@ -1,6 +1,6 @@
 """A log in the form of the Criteo challenge, as large as asked for.
 
-`python benchmarks/speed/criteo_like.py --rows 22000000 --out /tmp/criteo_like.tsv` writes tab-separated text without a header: a label, 13 whole
+`python benchmarks/speed/criteo_like.py --rows 22000000 --out work/criteo_like.tsv` writes tab-separated text without a header: a label, 13 whole
 numbers and 26 categorical values of 8 hexadecimal digits, any of which may be missing. The values of a column follow a power law over as many
 different ones as the column of the challenge has. The same seed gives the same rows, and a longer log begins with the shorter one. Memory is
 that of one chunk of rows.

@@ -1,6 +1,6 @@
 """`leanrec prepare` against FuxiCTR's preprocessing and a plain polars script, and its memory on a log of 5 GB.
 
-    python benchmarks/speed/prepare.py --work /tmp/prepare --fuxictr-python /tmp/fuxictr/bin/python
+    python benchmarks/speed/prepare.py --work work/prepare --fuxictr-python fuxictr/bin/python
 
 makes the log (`criteo_like.py`), prepares its first half and all of it, and lets all three prepare a part of it in turns, each in processes of its
 own. Their ratio is that of rows per second of the processor, which other work on the machine hardly changes; the clock's are kept beside it. With

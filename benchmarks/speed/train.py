@@ -1,6 +1,6 @@
 """Training a DeepFM: leanrec against FuxiCTR and torch-rechub, samples per second of a whole epoch, loader included.
 
-    python benchmarks/speed/train.py --work /tmp/train --fuxictr-python /tmp/fuxictr/bin/python
+    python benchmarks/speed/train.py --work work/train --fuxictr-python fuxictr/bin/python
 
 Two logs: `globo` (found in LEANREC_DATA or ../shared/data) and the Criteo-like one. All three read the same ids, prepared by leanrec, from disk, have
 the same model, batch size, embedding dimension and optimizer (Adam) and one thread, and take turns, each in processes of its own; the first epoch

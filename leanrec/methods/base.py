@@ -65,7 +65,7 @@ class Method(ABC):
     def check_counts(self, counts: Tensor | None) -> None:
         """Raise ValueError if these settings do not fit a table whose ids occur so often, (V,) int: rows should be sorted and are not."""
         if counts is not None and getattr(self, "sorted_rows", False):
-            check_sorted([counts.cpu()], len(counts))
+            check_sorted(counts)
 
     def for_counts(self, counts: Tensor | None) -> Method:
         """The same settings, or, where they do not fit these counts, with the order of the rows stored."""

@@ -41,7 +41,7 @@ class RowOrder(nn.Module):
         if counts is None:
             return
         if self.sorted_rows:
-            check_sorted([counts.cpu()], len(counts))
+            check_sorted(counts)
             return
         ranks = torch.empty(self.num_embeddings, dtype=torch.int64)
         ranks[counts.cpu().argsort(descending=True, stable=True)] = torch.arange(self.num_embeddings)
@@ -58,8 +58,14 @@ class RowOrder(nn.Module):
         return self(torch.arange(self.num_embeddings)).argsort()
 
 
-def check_sorted(counts: Iterable[Tensor], num_rows: int) -> None:
-    """Raise ValueError where the first rows are asked for much less than as many popular rows would be.
+def check_sorted(counts: Tensor) -> None:
+    """Raise ValueError where rows with counts, (V,) int, do not stand by falling popularity."""
+    if finding := disorder([counts.cpu()], len(counts)):
+        raise ValueError(f"{finding} Set sorted_rows=False, which stores the order.")
+
+
+def disorder(counts: Iterable[Tensor], num_rows: int) -> str | None:
+    """A sentence that says how the first rows are asked for much less than as many popular rows would be; None where they are not.
 
     Args:
         counts: Of all rows, (N,) int on the CPU at a time; what is kept of them grows with the number of different counts only.
@@ -82,10 +88,11 @@ def check_sorted(counts: Iterable[Tensor], num_rows: int) -> None:
         place = int(torch.searchsorted(ends, size))
         best = float(totals[place] - (ends[place] - size) * values[place])
         if found < _LEAST_SHARE * best:
-            raise ValueError(
+            return (
                 f"the counts do not fall with the row number: the first {size} rows make up {found:.0f} look-ups, the most popular "
-                f"{size} make up {best:.0f}. Set sorted_rows=False, which stores the order."
+                f"{size} make up {best:.0f}."
             )
+    return None
 
 
 def order_nbytes(num_embeddings: int, *, sorted_rows: bool) -> int:

@@ -115,8 +115,9 @@ class StreamingTable(Table):
         self.gathered = {}
         return self
 
-    def check_order(self, counts: Iterable[Tensor]) -> None:
-        """Raises ValueError where rows should stand by falling popularity and (N,) counts at a time say that they do not; `fit` does so itself."""
+    def disorder(self, counts: Iterable[Tensor]) -> str | None:
+        """What is wrong where rows should stand by falling popularity and (N,) counts at a time say that they do not; `fit` raises it itself."""
+        return None
 
     def draw(self, counts: Callable[[int, int], Tensor | None]) -> tuple[Tensor, Tensor]:
         """Ids and weights of the rows of a `Sample`, (S,) int64 and (S,) float32.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from leanrec.methods.base import Method, row_weights
-from leanrec.methods.order import RowOrder, check_sorted, order_nbytes
+from leanrec.methods.order import RowOrder, disorder, order_nbytes
 from leanrec.methods.pq import PQ, code_bits, parts_error, used_centroids
 from leanrec.methods.streaming import Sample, Sampling, StreamingTable
 from leanrec.ops import fused
@@ -178,8 +178,8 @@ class VRQTable(StreamingTable):
     def sampling(self) -> Sampling:
         return Sampling(_FIT_ROWS, even_share=0.5)
 
-    def check_order(self, counts: Iterable[Tensor]) -> None:
-        check_sorted(counts, self.num_embeddings)
+    def disorder(self, counts: Iterable[Tensor]) -> str | None:
+        return disorder(counts, self.num_embeddings)
 
     def chunk_weights(self, start: int, counts: Tensor | None, num_rows: int) -> Tensor:
         if _is_known(self.sensitivity):

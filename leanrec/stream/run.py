@@ -171,7 +171,11 @@ class _Task:
         self.progress("sample", 0, self.shape[0])
         if self.counts is not None:
             starts = range(0, self.shape[0], _COUNT_ROWS)
-            table.check_order(self.counts.read(start, min(start + _COUNT_ROWS, self.shape[0])) for start in starts)
+            chunks = (self.counts.read(start, min(start + _COUNT_ROWS, self.shape[0])) for start in starts)
+            if finding := table.disorder(chunks):
+                raise ValueError(
+                    f"{self.counts.source.path}: {finding} Sort the rows and their counts by falling count, or take RQ(), to which order is nothing."
+                )
         ids, weights = table.draw(self._counts_of)
         table.fit_sample(Sample(ids, self._take(ids), weights))
         return table

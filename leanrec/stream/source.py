@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import os
 import weakref
 from abc import ABC, abstractmethod
@@ -147,15 +149,15 @@ def open_source(path: Path, name: str | None = None) -> Source:
     raise ValueError(f"{path}: of unknown format. Give a .npy, .safetensors or .parquet file, or a folder of torch.distributed.checkpoint.")
 
 
-def choose_name(path: Path, name: str | None, shapes: dict[str, tuple[int, ...]]) -> str:
-    """The name that was asked for, or the only one there is.
+def choose_name(path: Path, name: str | None, shapes: dict[str, tuple[int, ...]], kind: str = "tensors") -> str:
+    """The name that was asked for, or the only one there is; the file holds things of one kind.
 
     Raises:
         ValueError: There are several and none was asked for, or another one was.
     """
     listed = ", ".join(f"{known!r} ({' x '.join(map(str, shape))})" for known, shape in list(shapes.items())[:20]) or "none"
     if name is None and len(shapes) != 1:
-        raise ValueError(f"{path}: holds {len(shapes)} tensors. Name one of {listed}.")
+        raise ValueError(f"{path}: holds {len(shapes)} {kind}. Name one of {listed}.")
     if name is not None and name not in shapes:
         raise ValueError(f"{path}: holds no {name!r}. Name one of {listed}.")
     return name or next(iter(shapes))
@@ -186,10 +188,14 @@ def _open_safetensors(path: Path, name: str | None) -> Source:
                 raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
             entries = json.loads(file.read(length))
             entries.pop("__metadata__", None)
-            shapes = {known: tuple(entry["shape"]) for known, entry in entries.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shapes = {known: tuple(map(operator.index, entry["shape"])) for known, entry in entries.items()}
+            starts = {known: operator.index(entry["data_offsets"][0]) for known, entry in entries.items()}
+            dtypes = {known: str(entry["dtype"]) for known, entry in entries.items()}
+            if min((0, *starts.values(), *itertools.chain.from_iterable(shapes.values()))) < 0:
+                raise ValueError("a negative number in its header")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no safetensors file, or a truncated one ({error}).") from None
-    entry = entries[choose_name(path, name, shapes)]
-    if entry["dtype"] not in DTYPES or not entry["shape"]:
-        raise ValueError(f"{path}: holds {entry['dtype']} of shape {tuple(entry['shape'])}. Give rows of one of {list(DTYPES)}.")
-    return Stretch(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    chosen = choose_name(path, name, shapes)
+    if dtypes[chosen] not in DTYPES or not shapes[chosen]:
+        raise ValueError(f"{path}: holds {dtypes[chosen]} of shape {shapes[chosen]}. Give rows of one of {list(DTYPES)}.")
+    return Stretch(path, 8 + length + starts[chosen], DTYPES[dtypes[chosen]], shapes[chosen])
