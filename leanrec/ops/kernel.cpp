@@ -5,6 +5,10 @@
 // Tensors come as addresses, so nothing here needs torch. N ids, V rows, D columns, K words of a code book.
 
 #include <nanobind/nanobind.h>
+#ifdef _OPENMP
+#include <omp.h>
+#include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -28,7 +32,11 @@ namespace nb = nanobind;
 namespace {
 
 constexpr int64_t kAhead = 16;               // ids between the one that is read and the one whose codes are asked for
+#ifdef _OPENMP
+constexpr int64_t kValuesPerThread = 1 << 15;  // as torch shares its work
+#else
 constexpr int64_t kValuesPerThread = 1 << 17;  // a thread costs some ten microseconds, in which another one writes so many values
+#endif
 constexpr int64_t kMaxLevels = 32;
 constexpr int64_t kFine = -1, kBadBorders = -2, kBadOffsets = -3;  // beside the place of an id that is out of range
 
@@ -40,15 +48,17 @@ struct Codes {
 
     INLINE uint64_t at(int64_t index) const {
         if (bits == 8) return bytes[index];
-        const int64_t first = index * bits;
-        const int64_t byte = first >> 3;
+        if (nbytes < 8) return at_in_few(index);
+        const int64_t first = index * bits, byte = std::min(first >> 3, nbytes - 8);  // the last codes are within the last 8 bytes
+        uint64_t read;
+        std::memcpy(&read, bytes + byte, 8);
+        return (read >> ((first - 8 * byte) & 63)) & ((uint64_t{1} << bits) - 1);
+    }
+
+    __attribute__((noinline)) uint64_t at_in_few(int64_t index) const {
         uint64_t read = 0;
-        if (byte + 8 <= nbytes) {
-            std::memcpy(&read, bytes + byte, 8);
-        } else if (byte < nbytes) {
-            std::memcpy(&read, bytes + byte, nbytes - byte);
-        }
-        return (read >> (first & 7)) & ((uint64_t{1} << bits) - 1);
+        std::memcpy(&read, bytes, nbytes);
+        return (read >> (index * bits & 63)) & ((uint64_t{1} << bits) - 1);
     }
 
     INLINE void prefetch(int64_t index, int64_t count) const {
@@ -72,6 +82,19 @@ INLINE float half_to_float(uint16_t half) {
 
 // Eight columns at once, wherever they begin.
 using Eight = float __attribute__((vector_size(32), aligned(4), may_alias));
+
+template <class Number, int Bytes>
+using Numbers __attribute__((vector_size(Bytes))) = Number;
+
+// Some of the sixteen numbers of two.
+template <int... places>
+INLINE Eight pick(Eight first, Eight second) {
+#ifdef __clang__
+    return __builtin_shufflevector(first, second, places...);
+#else
+    return __builtin_shuffle(first, second, Numbers<int32_t, 32>{places...});
+#endif
+}
 
 INLINE Eight& eight(float* values) { return *reinterpret_cast<Eight*>(values); }
 INLINE const Eight& eight(const float* values) { return *reinterpret_cast<const Eight*>(values); }
@@ -116,13 +139,21 @@ INLINE void put_sum(float* out, const float* const* words, int64_t num_words, fl
     }
 }
 
-// A row is one word of each of M code books side by side.
-struct Concat {
+// Rows that have a word of each of some code books.
+struct Books {
     Codes codes;
     const float* books;  // (M, K, width)
     int64_t num_books, num_words, width;
 
     INLINE void prefetch(int64_t row) const { codes.prefetch(row * num_books, num_books); }
+
+    INLINE const float* word(int64_t row, int64_t book) const {
+        return books + (book * num_words + std::min<int64_t>(codes.at(row * num_books + book), num_words - 1)) * width;
+    }
+};
+
+// A row is one word of each of M code books side by side.
+struct Concat : Books {
 
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
@@ -136,26 +167,17 @@ struct Concat {
     template <bool Add>
     INLINE void read_words(int64_t row, float factor, float* out, int64_t columns) const {
         for (int64_t book = 0; book < num_books; ++book) {
-            const int64_t code = std::min<int64_t>(codes.at(row * num_books + book), num_words - 1);
-            put<Add>(out + book * columns, books + (book * num_words + code) * columns, factor, columns);
+            put<Add>(out + book * columns, word(row, book), factor, columns);
         }
     }
 };
 
 // A row is the sum of one word of each of L code books.
-struct Sum {
-    Codes codes;
-    const float* books;  // (L, K, D)
-    int64_t num_books, num_words, width;
-
-    INLINE void prefetch(int64_t row) const { codes.prefetch(row * num_books, num_books); }
-
+struct Sum : Books {
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
         const float* words[kMaxLevels];
-        for (int64_t book = 0; book < num_books; ++book) {
-            words[book] = books + (book * num_words + std::min<int64_t>(codes.at(row * num_books + book), num_words - 1)) * width;
-        }
+        for (int64_t book = 0; book < num_books; ++book) words[book] = word(row, book);
         put_sum<Add>(out, words, num_books, factor, width);
     }
 };
@@ -170,8 +192,8 @@ struct Levels {
     const uint16_t* scales;  // (L K,) float16
     int64_t num_levels, num_words, width, num_rows;
     int64_t before[kMaxLevels + 1] = {};  // rank * length + before[length] is the place of the first code
-    std::vector<int8_t> unpacked = {};    // (L K, D): the words in steps, where it pays to unpack them for one call
-    std::vector<float> steps = {};        // (L K,)
+    std::vector<float> steps = {};        // (L K,): of all words, where a call reads so many rows that it pays
+    Numbers<uint32_t, 32> masks[8] = {};  // of each nibble; as constants, the compiler would make them anew for every word
 
     // Whether the borders are such as a table can have; what comes from a file may be anything.
     bool prepare(int64_t num_reads) {
@@ -181,11 +203,13 @@ struct Levels {
             num_codes = before[level] = before[level + 1] + borders[level];
         }
         if (num_codes * codes.bits > codes.nbytes * 8) return false;
-        if (num_reads > num_words) unpack();
+        for (int nibble = 0; nibble < 8; ++nibble) masks[nibble] += 15u << 4 * nibble;
+        if (num_reads > num_words) {
+            steps.resize(num_levels * num_words);
+            for (size_t word = 0; word < steps.size(); ++word) steps[word] = step_of(scales[word]);
+        }
         return true;
     }
-
-    void unpack();
 
     INLINE int64_t rank(int64_t row) const { return ranks.bits ? std::min<int64_t>(ranks.at(row), num_rows - 1) : row; }
 
@@ -204,43 +228,101 @@ struct Levels {
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
         const int64_t place = rank(row), levels = length(place), first = place * levels + before[levels];
-        put<Add>(out, mean, factor, width);
-        for (int64_t level = 0; level < levels; ++level) {
-            const int64_t word = level * num_words + std::min<int64_t>(codes.at(first + level), num_words - 1);
-            if (unpacked.empty()) {
-                add_packed(out, packed + word * (width / 2), half_to_float(scales[word]) / 15 * factor, width / 2);
-            } else {
-                add_unpacked(out, unpacked.data() + word * width, steps[word] * factor, width);
-            }
-        }
-    }
-
-    // The nibble q of a column stands for 2 q - 15 steps.
-    static INLINE void add_packed(float* __restrict out, const uint8_t* __restrict word, float step, int64_t num_pairs) {
-        for (int64_t pair = 0; pair < num_pairs; ++pair) {
-            out[2 * pair] += step * float(2 * int32_t(word[pair] & 15) - 15);
-            out[2 * pair + 1] += step * float(2 * int32_t(word[pair] >> 4) - 15);
-        }
-    }
-
-    static INLINE void add_unpacked(float* __restrict out, const int8_t* __restrict word, float step, int64_t width) {
         int64_t column = 0;
-        for (; column + 32 <= width; column += 32) {  // a fixed number of columns is one stretch of vector code
-            for (int64_t part = column; part < column + 32; ++part) out[part] += step * float(word[part]);
+        for (; column + 64 <= width; column += 64) put_nibbles<Add, uint32_t>(first, levels, column, factor, out + column);
+        for (; column + 32 <= width; column += 32) put_nibbles<Add, uint16_t>(first, levels, column, factor, out + column);
+        if (column == width) return;
+        put<Add>(out + column, mean + column, factor, width - column);
+        for_each_word(first, levels, column, factor, [&](const uint8_t* word, float step) { add_packed(out + column, word, step, (width - column) / 2); });
+    }
+
+    // Calls each(from a column of a word on, factor * its step) for the words of a row, whose codes begin at a place.
+    template <class Each>
+    INLINE void for_each_word(int64_t place, int64_t levels, int64_t column, float factor, const Each& each) const {
+        const Codes from = codes;
+        const int64_t per_level = num_words, stride = width / 2;
+        const uint8_t* first_word = packed + column / 2;
+        const float* known = steps.empty() ? nullptr : steps.data();
+        for (int64_t level = 0; level < levels; ++level) {
+            const int64_t word = level * per_level + std::min<int64_t>(from.at(place + level), per_level - 1);
+            each(first_word + word * stride, factor * (known ? known[word] : step_of(scales[word])));
         }
-        for (; column < width; ++column) out[column] += step * float(word[column]);
+    }
+
+    // The nibble q of a column stands for q - 7.5 steps.
+    static constexpr float kLowest = -7.5f;
+    static INLINE float step_of(uint16_t scale) { return half_to_float(scale) * (2.0f / 15); }
+
+    // Eight numbers of 16 or 32 bits hold the nibbles of 32 or 64 columns of a word. A nibble that stays where it stands in its number counts 16,
+    // 256, ... times as much, which is mended once for a row.
+    template <bool Add, class Number>
+    INLINE void put_nibbles(int64_t place, int64_t levels, int64_t column, float factor, float* out) const {
+        constexpr int kNibbles = 2 * sizeof(Number);
+        Eight sums[kNibbles], columns[kNibbles];  // sums: nibble n of number i, of column kNibbles * i + n
+#pragma GCC unroll 8
+        for (int n = 0; n < kNibbles; ++n) sums[n] = Eight{};
+        float lowest = 0;
+        for_each_word(place, levels, column, factor, [&](const uint8_t* word, float step) {
+            Numbers<Number, 8 * sizeof(Number)> numbers;
+            std::memcpy(&numbers, word, sizeof(numbers));
+            const auto wide = __builtin_convertvector(numbers, Numbers<uint32_t, 32>);
+            lowest += kLowest * step;
+#pragma GCC unroll 8
+            for (int n = 0; n < kNibbles; ++n) {
+                const auto nibbles = n < 7 ? wide & masks[n] : wide >> 28;
+                sums[n] += step * __builtin_convertvector(reinterpret_cast<const Numbers<int32_t, 32>&>(nibbles), Numbers<float, 32>);
+            }
+        });
+#pragma GCC unroll 8
+        for (int n = 1; n < kNibbles; ++n) sums[n] *= n < 7 ? 1.0f / float(1 << 4 * n) : 1.0f;
+        side_by_side(sums, columns);
+        const float* means = mean + column;
+#pragma GCC unroll 8
+        for (int part = 0; part < kNibbles; ++part) {
+            const Eight row = factor * eight(means + 8 * part) + lowest + columns[part];
+            eight(out + 8 * part) = Add ? eight(out + 8 * part) + row : row;
+        }
+    }
+
+    // From sums of every fourth column, the first of them in sums[0], to columns in their order.
+    static INLINE void side_by_side(const Eight (&sums)[4], Eight (&columns)[4]) {
+        Eight fours[4];
+        pick_fours(sums, fours);
+        columns[0] = pick<0, 1, 2, 3, 8, 9, 10, 11>(fours[0], fours[1]);
+        columns[1] = pick<0, 1, 2, 3, 8, 9, 10, 11>(fours[2], fours[3]);
+        columns[2] = pick<4, 5, 6, 7, 12, 13, 14, 15>(fours[0], fours[1]);
+        columns[3] = pick<4, 5, 6, 7, 12, 13, 14, 15>(fours[2], fours[3]);
+    }
+
+    // The same for sums of every eighth column.
+    static INLINE void side_by_side(const Eight (&sums)[8], Eight (&columns)[8]) {
+        Eight first[4], second[4];
+        pick_fours(sums, first);
+        pick_fours(sums + 4, second);
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) {
+            columns[part] = pick<0, 1, 2, 3, 8, 9, 10, 11>(first[part], second[part]);
+            columns[part + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(first[part], second[part]);
+        }
+    }
+
+    // What four sums have in places i and i + 4 side by side, for i = 0 to 3.
+    static INLINE void pick_fours(const Eight* sums, Eight* fours) {
+        const Eight low01 = pick<0, 8, 1, 9, 4, 12, 5, 13>(sums[0], sums[1]), high01 = pick<2, 10, 3, 11, 6, 14, 7, 15>(sums[0], sums[1]);
+        const Eight low23 = pick<0, 8, 1, 9, 4, 12, 5, 13>(sums[2], sums[3]), high23 = pick<2, 10, 3, 11, 6, 14, 7, 15>(sums[2], sums[3]);
+        fours[0] = pick<0, 1, 8, 9, 4, 5, 12, 13>(low01, low23);
+        fours[1] = pick<2, 3, 10, 11, 6, 7, 14, 15>(low01, low23);
+        fours[2] = pick<0, 1, 8, 9, 4, 5, 12, 13>(high01, high23);
+        fours[3] = pick<2, 3, 10, 11, 6, 7, 14, 15>(high01, high23);
+    }
+
+    static INLINE void add_packed(float* __restrict out, const uint8_t* __restrict word, float factor, int64_t num_pairs) {
+        for (int64_t pair = 0; pair < num_pairs; ++pair) {
+            out[2 * pair] += factor * (float(word[pair] & 15) + kLowest);
+            out[2 * pair + 1] += factor * (float(word[pair] >> 4) + kLowest);
+        }
     }
 };
-
-void Levels::unpack() {
-    steps.resize(num_levels * num_words);
-    for (size_t word = 0; word < steps.size(); ++word) steps[word] = half_to_float(scales[word]) / 15;
-    unpacked.resize(steps.size() * width);
-    for (size_t pair = 0; pair < unpacked.size() / 2; ++pair) {
-        unpacked[2 * pair] = 2 * (packed[pair] & 15) - 15;
-        unpacked[2 * pair + 1] = 2 * (packed[pair] >> 4) - 15;
-    }
-}
 
 // A row is rounded to 8, 4 or 2 bits a value, with a scale for each group of columns.
 template <int Bits>
@@ -354,9 +436,18 @@ FOR_EACH_CPU int64_t part(const Call& call, const Scaled<8>& reader, int64_t beg
 FOR_EACH_CPU int64_t part(const Call& call, const Scaled<4>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
 FOR_EACH_CPU int64_t part(const Call& call, const Scaled<2>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
 
-// Calls work(begin, end) for equal parts of [0, count), one a thread.
+// Whether this process was forked: GNU's OpenMP then waits for threads that stayed with the parent.
+std::atomic<bool> is_fork{false};
+
+// Calls work(begin, end) for equal parts of [0, count), one a thread. With OpenMP they are the threads that torch works with: it has the same
+// library loaded by then, and threads of our own would have to wait for its idle ones, which spin for a while after each call of torch.
 template <class Work>
 void share(int64_t count, int64_t num_threads, const Work& work) {
+#ifdef _OPENMP
+    if (num_threads == 1 || is_fork) return work(0, count);
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+    work(count * omp_get_thread_num() / omp_get_num_threads(), count * (omp_get_thread_num() + 1) / omp_get_num_threads());
+#else
     std::vector<std::thread> threads;
     for (int64_t thread = 1; thread < num_threads; ++thread) {
         const auto task = [&work, count, thread, num_threads] { work(count * thread / num_threads, count * (thread + 1) / num_threads); };
@@ -368,6 +459,7 @@ void share(int64_t count, int64_t num_threads, const Work& work) {
     }
     work(0, count / std::max<int64_t>(num_threads, 1));
     for (std::thread& thread : threads) thread.join();
+#endif
 }
 
 template <class Reader>
@@ -404,15 +496,18 @@ FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t pad
 }  // namespace
 
 NB_MODULE(_kernel, m) {
+#ifdef _OPENMP
+    pthread_atfork(nullptr, nullptr, [] { is_fork = true; });
+#endif
     nb::class_<Call>(m, "Call").def(
         nb::init<uintptr_t, bool, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, int64_t, int64_t>());
     m.def("concat", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
         nb::gil_scoped_release release;
-        return run(call, Concat{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books});
+        return run(call, Concat{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books}});
     });
     m.def("sum", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
         nb::gil_scoped_release release;
-        return run(call, Sum{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width});
+        return run(call, Sum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width}});
     });
     m.def("levels", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t ranks, int64_t ranks_nbytes, int64_t rank_bits,
                        uintptr_t mean, uintptr_t borders, int64_t num_levels, uintptr_t words, uintptr_t scales, int64_t num_words) {

@@ -41,7 +41,7 @@ class ParquetRows(Source):
             raise ValueError(f"{path}: no Parquet file, or a truncated one ({error}).") from None
         schema, metadata = self._file.schema_arrow, self._file.metadata
         self.num_rows = metadata.num_rows
-        columns = {field.name: (self.num_rows,) for field in schema if name is not None or _is_readable(field.type)}
+        columns: dict[str, tuple[int, ...]] = {field.name: (self.num_rows,) for field in schema if name is not None or _is_readable(field.type)}
         self._column = choose_name(path, name, columns, kind="columns of numbers")
         kind = schema.field(self._column).type
         value = kind.value_type if _is_list(kind) else kind
