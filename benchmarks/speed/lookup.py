@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import record
@@ -49,13 +49,13 @@ def main() -> None:
 def large() -> None:
     """A table of 5 GB against about 50 times smaller ones."""
     methods = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "vrq": VRQ(codes_per_1000_rows=6800, num_levels=16)}
-    _compare("lookup_large", 20_000_000, methods, bar=4, repeats=30)
+    _compare("lookup_large", 20_000_000, methods, bar=4, repeats=15)
 
 
 def small() -> None:
     """A table that fits the cache."""
     methods = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "vrq": VRQ(codes_per_1000_rows=4000, num_levels=16), "int8": Scalar()}
-    _compare("lookup_small", 10_000, methods, bar=1, repeats=60)
+    _compare("lookup_small", 10_000, methods, bar=1, repeats=30)
 
 
 def one_row() -> None:
@@ -116,14 +116,14 @@ class _Ready(nn.Module):
 
 
 def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, repeats: int) -> None:
-    """Batches of uniform and of Zipf ids in turn, one median over both."""
+    """Batches of uniform and of Zipf ids in turn, one median over both. Each side has its turn for all batches, as a process has that serves."""
     full = _full(rows)
     batches = [draw(rows, BATCH, seed=turn) for turn in range(BATCHES) for draw in (_uniform, _zipf)]
     for name, method in methods.items():
         table = _table(method, rows)
-        jobs = {"embedding": _pair(lambda ids: F.embedding(ids, full), batches), "kernel": _pair(table, batches)}
-        medians = record.median_seconds(jobs, repeats=repeats, warm_ups=4)
-        medians |= record.median_seconds({"torch": _pair(_by_torch(table), batches)}, repeats=3)  # seconds a call for some
+        jobs = {"embedding": _each(lambda ids: F.embedding(ids, full), batches), "kernel": _each(table, batches)}
+        medians = {job: seconds / BATCHES for job, seconds in record.median_seconds(jobs, repeats=repeats).items()}
+        medians |= record.median_seconds({"torch": _each(_by_torch(table), batches[:2])}, repeats=3)  # seconds a call for some
         setting = {"rows": rows, "columns": COLUMNS, "batch": BATCH, "method": repr(method), "ids": "uniform and Zipf in turn"}
         setting["times smaller"] = round(rows * COLUMNS * 4 / table.nbytes, 1)
         _write(f"{title}_{name}", medians, "embedding", "kernel", bar=bar, unit="ms for two batches", scale=1e3, setting=setting)
@@ -169,17 +169,6 @@ def _by_torch(table: Table) -> Callable[[Tensor], Tensor]:
             return table(ids)
 
     return read
-
-
-def _pair(read: Callable[[Tensor], Any], batches: list[Tensor]) -> Callable[[], None]:
-    """A job of two batches, the next ones at each call."""
-    turns: Iterator[Tensor] = itertools.cycle(batches)
-
-    def job() -> None:
-        read(next(turns))
-        read(next(turns))
-
-    return job
 
 
 def _next(read: Callable[[Any], Any], batches: list[Any]) -> Callable[[], None]:
