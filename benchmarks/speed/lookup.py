@@ -116,13 +116,21 @@ class _Ready(nn.Module):
 
 
 def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, repeats: int) -> None:
-    """Batches of uniform and of Zipf ids in turn, one median over both. Each side has its turn for all batches, as a process has that serves."""
+    """Batches of uniform and of Zipf ids in turn, one median over both.
+
+    Each side has its turn for all batches, as a process has that does nothing but serve. Beside it stands what they take where each reads one
+    batch after the other side did, whose rows are in the cache then.
+    """
     full = _full(rows)
     batches = [draw(rows, BATCH, seed=turn) for turn in range(BATCHES) for draw in (_uniform, _zipf)]
     for name, method in methods.items():
         table = _table(method, rows)
         jobs = {"embedding": _each(lambda ids: F.embedding(ids, full), batches), "kernel": _each(table, batches)}
         medians = {job: seconds / BATCHES for job, seconds in record.median_seconds(jobs, repeats=repeats).items()}
+        turns = {
+            f"{job} after the other": _next(read, batches) for job, read in {"embedding": lambda ids: F.embedding(ids, full), "kernel": table}.items()
+        }
+        medians |= {job: 2 * seconds for job, seconds in record.median_seconds(turns, repeats=4 * repeats, warm_ups=8).items()}
         medians |= record.median_seconds({"torch": _each(_by_torch(table), batches[:2])}, repeats=3)  # seconds a call for some
         setting = {"rows": rows, "columns": COLUMNS, "batch": BATCH, "method": repr(method), "ids": "uniform and Zipf in turn"}
         setting["times smaller"] = round(rows * COLUMNS * 4 / table.nbytes, 1)
@@ -132,7 +140,11 @@ def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, r
 def _write(
     name: str, seconds: dict[str, float], other: str, ours: str, *, bar: float, unit: str, scale: float, setting: dict[str, Any], note: str = ""
 ) -> None:
-    shown = {f"{key} {unit}": value * scale for key, value in seconds.items() if key in (other, ours, "torch", "nn.Embedding", "dense part")}
+    shown = {
+        f"{key} {unit}": value * scale
+        for key, value in seconds.items()
+        if key in (other, ours, "torch", "nn.Embedding", "dense part") or "after" in key
+    }
     against = "F.embedding on the float32 table" if other == "embedding" else "the same model with float32 tables"
     setting = {**setting, "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset")}
     record.write(
