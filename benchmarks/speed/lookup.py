@@ -27,6 +27,7 @@ COLUMNS = 64
 BATCHES = 16  # different ones, so that no cache learns them
 _WORDS = "a word of a code book is read for each code of a row, from the second-level cache, where a float32 row is copied once"
 _PYTHON = "Python takes this time to find the tensors and ask for the output, not the kernel; nn.Embedding, called as a module is too, is beside it"
+_BESIDE = ("torch", "nn.Embedding", "dense part", "embedding after the other", "kernel after the other")  # shown where they were measured
 _NOTES = {
     **{f"lookup_one_row_{name}": _PYTHON for name in ("pq", "rq", "vrq", "int8")},
     **{f"lookup_{size}_{name}": _WORDS for size in ("small", "large") for name in ("rq", "vrq")},
@@ -125,12 +126,11 @@ def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, r
     batches = [draw(rows, BATCH, seed=turn) for turn in range(BATCHES) for draw in (_uniform, _zipf)]
     for name, method in methods.items():
         table = _table(method, rows)
-        jobs = {"embedding": _each(lambda ids: F.embedding(ids, full), batches), "kernel": _each(table, batches)}
-        medians = {job: seconds / BATCHES for job, seconds in record.median_seconds(jobs, repeats=repeats).items()}
-        turns = {
-            f"{job} after the other": _next(read, batches) for job, read in {"embedding": lambda ids: F.embedding(ids, full), "kernel": table}.items()
-        }
-        medians |= {job: 2 * seconds for job, seconds in record.median_seconds(turns, repeats=4 * repeats, warm_ups=8).items()}
+        readers: dict[str, Callable[[Tensor], Tensor]] = {"embedding": lambda ids: F.embedding(ids, full), "kernel": table}
+        alone = record.median_seconds({side: _each(read, batches) for side, read in readers.items()}, repeats=repeats)
+        turns = record.median_seconds({side: _next(read, batches) for side, read in readers.items()}, repeats=4 * repeats, warm_ups=8)
+        medians = {side: seconds / BATCHES for side, seconds in alone.items()}
+        medians |= {f"{side} after the other": 2 * seconds for side, seconds in turns.items()}
         medians |= record.median_seconds({"torch": _each(_by_torch(table), batches[:2])}, repeats=3)  # seconds a call for some
         setting = {"rows": rows, "columns": COLUMNS, "batch": BATCH, "method": repr(method), "ids": "uniform and Zipf in turn"}
         setting["times smaller"] = round(rows * COLUMNS * 4 / table.nbytes, 1)
@@ -140,16 +140,11 @@ def _compare(title: str, rows: int, methods: dict[str, Method], *, bar: float, r
 def _write(
     name: str, seconds: dict[str, float], other: str, ours: str, *, bar: float, unit: str, scale: float, setting: dict[str, Any], note: str = ""
 ) -> None:
-    shown = {
-        f"{key} {unit}": value * scale
-        for key, value in seconds.items()
-        if key in (other, ours, "torch", "nn.Embedding", "dense part") or "after" in key
-    }
+    shown = {f"{key} {unit}": value * scale for key, value in seconds.items() if key in (other, ours, *_BESIDE)}
     against = "F.embedding on the float32 table" if other == "embedding" else "the same model with float32 tables"
     setting = {**setting, "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "unset")}
-    record.write(
-        name, ratio=seconds[other] / seconds[ours], bar=bar, against=against, medians=shown, setting=setting, note=note or _NOTES.get(name, "")
-    )
+    note = note or _NOTES.get(name, "")
+    record.write(name, ratio=seconds[other] / seconds[ours], bar=bar, against=against, medians=shown, setting=setting, note=note)
 
 
 def _full(rows: int) -> Tensor:
