@@ -175,3 +175,15 @@ def test_a_row_with_fewer_seeds_than_its_table_says_so(suite, tmp_path):
     next((tmp_path / "results" / "tiny").glob("*PQ*seed1.json")).unlink()
     rows = [line for line in readme(tmp_path).splitlines() if "seeds" in line and line.startswith("| `")]
     assert [row.split("|")[1].strip() for row in rows] == ["`PQ() at 20x`, 1 of 2 seeds"]
+
+
+def test_look_ups_of_codes_without_the_kernel_are_marked(suite, tmp_path):
+    (tmp_path / "results").mkdir()
+    shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")
+    for built in (True, False):
+        for path in (tmp_path / "results" / "tiny").glob("*.json"):
+            result = json.loads(path.read_text())
+            result["speed"]["kernel"] = built
+            path.write_text(json.dumps(result))
+        marked = {line.split("`")[1] for line in readme(tmp_path).splitlines() if line.startswith("| `") and "x†" in line}
+        assert marked == (set() if built else {"PQ() at 20x", "Scalar()", "Scalar() of dimension 2"})

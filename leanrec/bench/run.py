@@ -22,6 +22,7 @@ from leanrec.data.loader import Loader
 from leanrec.data.prepare import prepare
 from leanrec.data.vocabulary import vocabulary_nbytes
 from leanrec.methods import parse
+from leanrec.ops import fused
 from leanrec.ops.intervals import delong_difference
 from leanrec.ops.metrics import auc, calibration_ratio, log_loss
 from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress_tables, open_run, predict
@@ -226,7 +227,7 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
         "quality": quality,
         "size": size,
         "seconds": {**seconds, "evaluate": round(evaluated - start, 3)},
-        "speed": {"lookups_per_second": round(speed), "lookups_per_second_full": round(full_speed)},
+        "speed": {"lookups_per_second": round(speed), "lookups_per_second_full": round(full_speed), "kernel": fused.is_built()},
         "peak_memory": runs.peak_memory(),
         "machine": runs.machine(),
         "versions": runs.versions(),

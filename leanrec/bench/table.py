@@ -25,7 +25,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
 - **tables**: bytes of all embedding tables as stored, codes, code books and scales counted; **ratio**: float32 bytes of the tables of the
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
 - **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **look-ups**: ids that the
-  tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process. Settings are chosen on validation
+  tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process; † where torch read the codes, without
+  the look-up kernel and several times slower ([docs/performance.md](../docs/performance.md)). Settings are chosen on validation
   data; the test split is read once per run. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in few bits, rare rows
   dropped) of the same log, backbone and seed, in any suite, whose AUC is as high: what the method has to beat. none: no plain model is as good.
 """
@@ -130,8 +131,14 @@ def _speed(results: Sequence[Result]) -> str:
     """Look-ups per second of the compressed tables, and relative to the full ones in the same process."""
     if any("speed" not in result for result in results):
         return ""
+    return f"{mean(results, 'speed', 'lookups_per_second') / 1e6:.1f} M/s, {relative_speed(results)}"
+
+
+def relative_speed(results: Sequence[Result]) -> str:
+    """Look-ups per second relative to the full tables in the same process, and whether the kernel was missing."""
     speed, full = (mean(results, "speed", key) for key in ("lookups_per_second", "lookups_per_second_full"))
-    return f"{speed / 1e6:.1f} M/s, {speed / full:.2f}x"
+    without = any(not result["speed"].get("kernel") for result in results)  # results older than the kernel do not say
+    return f"{speed / full:.2f}x" + ("†" if without and parse(results[0]["run"]["method"]).build(64, 32).coded() is not None else "")
 
 
 def difference(results: Sequence[Result]) -> str:

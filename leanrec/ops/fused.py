@@ -84,6 +84,11 @@ def scaled(packed_codes: Tensor, scales: Tensor, num_bits: int, *, group_size: i
     return Coded("scaled", [scales, packed_codes], [num_bits, group_size], width)
 
 
+def is_built() -> bool:
+    """Whether the kernel for CPUs is there."""
+    return _kernel is not None
+
+
 def takes(coded: Coded, ids: Tensor) -> bool:
     """Whether a kernel answers for these ids: it is there for their device, and the table has the precision that it knows."""
     values = coded.tensors[0]
