@@ -147,28 +147,32 @@ struct Books {
 
     INLINE void prefetch(int64_t row) const { codes.prefetch(row * num_books, num_books); }
 
-    INLINE const float* word(int64_t row, int64_t book) const {
-        return books + (book * num_words + std::min<int64_t>(codes.at(row * num_books + book), num_words - 1)) * width;
+    // Whether codes are bytes that cannot be too large: the usual case, in which there is nothing to unpack and nothing to check.
+    INLINE bool are_bytes() const { return codes.bits == 8 && num_words == 256; }
+
+    template <bool Bytes>
+    INLINE const float* word(int64_t row, int64_t book, int64_t columns) const {
+        const int64_t place = row * num_books + book;
+        if (Bytes) return books + (book * 256 + codes.bytes[place]) * columns;
+        return books + (book * num_words + std::min<int64_t>(codes.at(place), num_words - 1)) * columns;
     }
 };
 
 // A row is one word of each of M code books side by side.
 struct Concat : Books {
-
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
         // Where the compiler knows the width, a word is a few instructions without a loop.
-        if (width == 8) return read_words<Add>(row, factor, out, 8);
-        if (width == 16) return read_words<Add>(row, factor, out, 16);
-        if (width == 32) return read_words<Add>(row, factor, out, 32);
-        read_words<Add>(row, factor, out, width);
+        if (!are_bytes()) return read_words<Add, false>(row, factor, out, width);
+        if (width == 8) return read_words<Add, true>(row, factor, out, 8);
+        if (width == 16) return read_words<Add, true>(row, factor, out, 16);
+        if (width == 32) return read_words<Add, true>(row, factor, out, 32);
+        read_words<Add, true>(row, factor, out, width);
     }
 
-    template <bool Add>
+    template <bool Add, bool Bytes>
     INLINE void read_words(int64_t row, float factor, float* out, int64_t columns) const {
-        for (int64_t book = 0; book < num_books; ++book) {
-            put<Add>(out + book * columns, word(row, book), factor, columns);
-        }
+        for (int64_t book = 0; book < num_books; ++book) put<Add>(out + book * columns, word<Bytes>(row, book, columns), factor, columns);
     }
 };
 
@@ -177,7 +181,8 @@ struct Sum : Books {
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
         const float* words[kMaxLevels];
-        for (int64_t book = 0; book < num_books; ++book) words[book] = word(row, book);
+        const bool bytes = are_bytes();
+        for (int64_t book = 0; book < num_books; ++book) words[book] = bytes ? word<true>(row, book, width) : word<false>(row, book, width);
         put_sum<Add>(out, words, num_books, factor, width);
     }
 };
@@ -192,11 +197,11 @@ struct Levels {
     const uint16_t* scales;  // (L K,) float16
     int64_t num_levels, num_words, width, num_rows;
     int64_t before[kMaxLevels + 1] = {};  // rank * length + before[length] is the place of the first code
-    std::vector<float> steps = {};        // (L K,): of all words, where a call reads so many rows that it pays
+    const float* steps = nullptr;         // (L K,): of all words, where a call reads so many rows that it pays
     Numbers<uint32_t, 32> masks[8] = {};  // of each nibble; as constants, the compiler would make them anew for every word
 
-    // Whether the borders are such as a table can have; what comes from a file may be anything.
-    bool prepare(int64_t num_reads) {
+    // Whether the borders are such as a table can have; what comes from a file may be anything. `room` keeps the steps.
+    bool prepare(int64_t num_reads, std::vector<float>& room) {
         int64_t num_codes = 0;
         for (int64_t level = num_levels; level-- > 0;) {
             if (borders[level] < 0 || borders[level] > (level ? borders[level - 1] : num_rows)) return false;
@@ -205,8 +210,8 @@ struct Levels {
         if (num_codes * codes.bits > codes.nbytes * 8) return false;
         for (int nibble = 0; nibble < 8; ++nibble) masks[nibble] += 15u << 4 * nibble;
         if (num_reads > num_words) {
-            steps.resize(num_levels * num_words);
-            for (size_t word = 0; word < steps.size(); ++word) steps[word] = step_of(scales[word]);
+            for (int64_t word = 0; word < num_levels * num_words; ++word) room.push_back(step_of(scales[word]));
+            steps = room.data();
         }
         return true;
     }
@@ -239,13 +244,10 @@ struct Levels {
     // Calls each(from a column of a word on, factor * its step) for the words of a row, whose codes begin at a place.
     template <class Each>
     INLINE void for_each_word(int64_t place, int64_t levels, int64_t column, float factor, const Each& each) const {
-        const Codes from = codes;
-        const int64_t per_level = num_words, stride = width / 2;
         const uint8_t* first_word = packed + column / 2;
-        const float* known = steps.empty() ? nullptr : steps.data();
         for (int64_t level = 0; level < levels; ++level) {
-            const int64_t word = level * per_level + std::min<int64_t>(from.at(place + level), per_level - 1);
-            each(first_word + word * stride, factor * (known ? known[word] : step_of(scales[word])));
+            const int64_t word = level * num_words + std::min<int64_t>(codes.at(place + level), num_words - 1);
+            each(first_word + word * (width / 2), factor * (steps ? steps[word] : step_of(scales[word])));
         }
     }
 
@@ -276,10 +278,9 @@ struct Levels {
 #pragma GCC unroll 8
         for (int n = 1; n < kNibbles; ++n) sums[n] *= n < 7 ? 1.0f / float(1 << 4 * n) : 1.0f;
         side_by_side(sums, columns);
-        const float* means = mean + column;
 #pragma GCC unroll 8
         for (int part = 0; part < kNibbles; ++part) {
-            const Eight row = factor * eight(means + 8 * part) + lowest + columns[part];
+            const Eight row = factor * eight(mean + column + 8 * part) + lowest + columns[part];
             eight(out + 8 * part) = Add ? eight(out + 8 * part) + row : row;
         }
     }
@@ -342,13 +343,13 @@ struct Scaled {
         constexpr int kPerByte = 8 / Bits, kLast = (1 << Bits) - 1;
         const uint8_t* bytes = codes + row * (width / kPerByte);
         for (int64_t number = 0; number < num_groups; ++number) {
-            const float step = half_to_float(scales[row * num_groups + number]) * factor / kLast;
+            const float step = half_to_float(scales[row * num_groups + number]) * factor * (2.0f / kLast);
             const int64_t start = number * group, count = std::min(group, width - start) / kPerByte;
             float* __restrict values = out + start;
             const uint8_t* __restrict read = bytes + start / kPerByte;
             for (int64_t byte = 0; byte < count; ++byte) {
                 for (int part = 0; part < kPerByte; ++part) {
-                    const float value = step * float(2 * int32_t(read[byte] >> (part * Bits) & kLast) - kLast);
+                    const float value = step * (float(read[byte] >> (part * Bits) & kLast) - kLast / 2.0f);
                     values[byte * kPerByte + part] = Add ? values[byte * kPerByte + part] + value : value;
                 }
             }
@@ -423,7 +424,10 @@ bool bags_fit(const Call& call) {
 
 // Place of an id that is out of range, or kFine.
 template <class Reader>
-INLINE int64_t read_part(const Call& call, const Reader& reader, int64_t begin, int64_t end) {
+INLINE int64_t read_part(const Call& given, const Reader& shared, int64_t begin, int64_t end) {
+    // Copies of its own, which what is written cannot change, for all that the compiler knows.
+    const Call call = given;
+    const Reader reader = shared;
     if (call.offsets) return call.long_ids ? read_bags<int64_t>(call, reader, begin, end) : read_bags<int32_t>(call, reader, begin, end);
     return call.long_ids ? read_rows<int64_t>(call, reader, begin, end) : read_rows<int32_t>(call, reader, begin, end);
 }
@@ -514,7 +518,8 @@ NB_MODULE(_kernel, m) {
         nb::gil_scoped_release release;
         Levels reader{{at<const uint8_t*>(codes), nbytes, bits}, {at<const uint8_t*>(ranks), ranks_nbytes, rank_bits}, at<const float*>(mean),
                       at<const int64_t*>(borders), at<const uint8_t*>(words), at<const uint16_t*>(scales), num_levels, num_words, call.width, call.num_rows};
-        return reader.prepare(call.num_ids) ? run(call, reader) : kBadBorders;
+        std::vector<float> room;
+        return reader.prepare(call.num_ids, room) ? run(call, reader) : kBadBorders;
     });
     m.def("scaled", [](const Call& call, uintptr_t codes, int64_t bits, uintptr_t scales, int64_t group, int64_t num_groups) {
         nb::gil_scoped_release release;
