@@ -72,9 +72,12 @@ def open_run(folder: Path) -> Recommender:
     """
     record = runs.load(folder)
     if not (folder / MODEL_FILE).is_file():
-        raise ValueError(
-            f"{folder}: holds the result of `leanrec {record['command']}`, no model. Give a run of `leanrec train` or `leanrec compress`."
+        kind = (
+            "a table without a model, of which run.json has the figures"
+            if "table" in record
+            else f"the result of `leanrec {record['command']}`, no model"
         )
+        raise ValueError(f"{folder}: holds {kind}. Give a run of `leanrec train` or of `leanrec compress` on a model.")
     recommender = record["recommender"]
     schema = Schema.load(folder / SCHEMA_FILE)
     with torch.device("meta"):
