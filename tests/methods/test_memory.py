@@ -36,6 +36,16 @@ def peak_of_fit(method, num_embeddings):
         "VRQ(codes_per_1000_rows=1000, num_levels=2, num_centroids=16)",
         "LowRank(rank=1)",
         "Hash(num_buckets=64)",
+        "OPQ(num_subspaces=2, num_centroids=16)",
+        "MGQE()",
+        "DropRare(num_kept=64)",
+        "QuotientRemainder()",
+        "CpRec(first_dim=2)",
+        "MixedPrecision(bits_per_64_values=64)",
+        "Pruned(kept_per_mille=1)",
+        "CAFE()",
+        "CCE()",
+        "LMA()",
     ],
 )
 def test_peak_memory_of_a_fit_does_not_grow_with_the_table(method):
