@@ -71,3 +71,9 @@ def test_a_seed_under_which_two_values_collide_is_not_used(monkeypatch):
     monkeypatch.setattr(pl.Series, "hash", lambda series, seed: honest(series, seed) if seed else pl.Series([7] * len(series), dtype=pl.UInt64))
     table = vocabulary_of(merge_counts(map(count_piece, pieces_of(["a", "b", "b"], [3]))), min_count=1)
     assert Vocabulary(table).ids(pa.array(["a", "b", "c"]).dictionary_encode()).tolist() == [3, 2, 1]
+
+
+def test_a_vocabulary_with_a_value_twice_is_an_error():
+    table = pl.DataFrame({"value": [None, None, "a", "a"], "id": [0, 1, 2, 3], "count": [0, 0, 2, 1]})
+    with pytest.raises(ValueError, match="holds a value twice"):
+        Vocabulary(table)
