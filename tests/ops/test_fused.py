@@ -41,7 +41,7 @@ def make_table(method, *, rows=V, columns=24):
             tensor.copy_(torch.randn(tensor.shape, generator=seeded(2)))
     if isinstance(method, VRQ):
         spread = torch.sort(torch.randint(rows + 1, (method.num_levels,), generator=seeded(3)), descending=True).values
-        table.borders.copy_(spread * int(table.borders.sum()) // max(int(spread.sum()), 1))
+        table.borders.copy_((spread * int(table.borders.sum()) // max(int(spread.sum()), 1)).clamp(max=rows))
         if not method.sorted_rows:
             table.order.fit(torch.randint(1000, (rows,), generator=seeded(4)))
     return table
@@ -75,14 +75,23 @@ def test_rows_are_those_of_plain_torch(method, num_ids):
     torch.testing.assert_close(table(ids), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [PQ(num_subspaces=1), RQ(), VRQ(), Scalar()], ids=repr)
-@pytest.mark.parametrize("columns", [2, 4, 10, 17, 33, 66, 100, 130])
-def test_any_number_of_columns(method, columns):
+@pytest.mark.parametrize("num_ids", [50, 1000])
+@pytest.mark.parametrize("method", [PQ(num_subspaces=1), RQ(), VRQ(codes_per_1000_rows=3000, num_levels=8), Scalar()], ids=repr)
+@pytest.mark.parametrize("columns", [2, 4, 10, 17, 32, 33, 64, 66, 100, 130])
+def test_any_number_of_columns(method, columns, num_ids):
     table = make_table(method, columns=columns)
     assert kernel_reads(table) == (not isinstance(method, VRQ) or columns % 2 == 0)
-    ids = torch.randint(V, (50,), generator=seeded(5))
+    ids = torch.randint(V, (num_ids,), generator=seeded(5))
     with torch.no_grad():
         torch.testing.assert_close(table(ids), by_torch(table, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [PQ(num_centroids=8), RQ(num_centroids=8), VRQ(codes_per_1000_rows=2000, num_levels=4, num_centroids=8)], ids=repr)
+def test_codes_of_less_than_eight_bytes(method):
+    table = make_table(method, rows=4)
+    assert table.packed_codes.nbytes < 8
+    with torch.no_grad():
+        torch.testing.assert_close(table(torch.arange(4)), by_torch(table, torch.arange(4)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [PQ(), RQ(), VRQ(), Scalar()], ids=repr)
