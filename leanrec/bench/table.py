@@ -66,7 +66,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
     title = f"### {run['experiment']}: {run['backbone']} on {run['dataset']}\n"
     about = (
         f"Embedding dimension {full[0]['run']['embedding_dim']}; tables {full[0]['size']['tables_full']:,} bytes, vocabulary "
-        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seeds; {results[0]['machine']}.\n"
+        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seed{'s' * (len(seeds) > 1)}; {results[0]['machine']}.\n"
     )
     columns = [
         "method",
