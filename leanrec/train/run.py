@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def train_run(
         ValueError: Data, model, settings, tables or method do not fit; `out` holds something else.
     """
     settings = settings or TrainSettings()
-    arguments = {"data": data, "model": model, "model_settings": dict(model_settings or {}), **settings.recorded(), "tables": tables}
+    arguments = {"data": data, "model": model, "model_settings": dict(model_settings or {}), **asdict(settings), "tables": tables}
     if method is not None:
         arguments |= {"method": method, "ratio": ratio, "nbytes": nbytes}
     elif ratio is not None or nbytes is not None:

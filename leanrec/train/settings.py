@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 TABLE_OPTIMIZERS = ("adam", "adagrad")
 
@@ -53,10 +52,3 @@ class TrainSettings:
             raise ValueError(f"l2={self.l2} must be 0 or more.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1.")
-
-    def recorded(self) -> dict[str, Any]:
-        """What a run keeps of them. The optimizer of tables only where it is not Adam: it came later, and older runs are still the same runs."""
-        settings = asdict(self)
-        if self.table_optimizer == "adam":
-            del settings["table_optimizer"]
-        return settings
