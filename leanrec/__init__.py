@@ -5,6 +5,7 @@ from leanrec.budget import fit_budget
 from leanrec.compress import compress
 from leanrec.dense import compress_dense
 from leanrec.embeddings import tables
+from leanrec.merge import merge
 from leanrec.methods import (
     CAFE,
     CCE,
@@ -81,6 +82,7 @@ __all__ = [
     "fit_budget",
     "load",
     "measure_sensitivity",
+    "merge",
     "move_tables",
     "parse",
     "report",

@@ -95,6 +95,15 @@ def test_a_row_does_not_depend_on_its_batch(method):
 
 
 @promise
+def test_rows_lie_on_the_axes_that_a_table_names(method):
+    for table in (fitted(method), method.build(V, D)):
+        if (axes := table.axes()) is not None:
+            coordinates, basis, mean = axes
+            assert coordinates.shape[1] + 1 < D
+            torch.testing.assert_close(table.decode(), coordinates @ basis + mean, rtol=1e-5, atol=1e-6)
+
+
+@promise
 @pytest.mark.parametrize(("num_embeddings", "embedding_dim"), SHAPES)
 def test_stored_bytes_are_the_bytes_announced(method, num_embeddings, embedding_dim):
     for setting in fitting(method, num_embeddings, embedding_dim):

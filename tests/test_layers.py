@@ -19,7 +19,7 @@ FLOORS = (
     {"bag"},
     {"embeddings", "compress", "move"},
     {"budget", "dense", "report", "sensitivity", "storage"},
-    {"recommender", "stream", "train", "evaluate"},
+    {"merge", "recommender", "stream", "train", "evaluate"},
     {"export", "search", "serve", "tune"},
     {"bench", "demo"},
     {"__init__", "cli", "__main__"},

@@ -7,6 +7,7 @@ Codes are random, which takes the kernel as long as any others; the levels of VR
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanrec import merge
 from leanrec.data.schema import Field, Schema
 from leanrec.methods import PQ, RQ, VRQ, Method, Scalar, Table
 from leanrec.models import build
@@ -91,17 +93,24 @@ def deepfm() -> None:
     batches = [{f"c{number}": _zipf(rows, batch, seed=number + 100 * turn) for number in range(26)} for turn in range(BATCHES)]
     methods = {"pq": PQ(num_subspaces=2), "rq": RQ(num_levels=2), "vrq": VRQ(codes_per_1000_rows=3200, num_levels=16)}
     jobs: dict[str, Callable[[], Any]] = {"full": _next(full, batches)}
+    notes = {}
     for name, method in methods.items():
         model = build("deepfm", schema, embedding_dim=columns).eval()
         model.embedding.tables = nn.ModuleDict({key: _table(method, rows, columns=columns, padding=0) for key in model.embedding.tables})
         jobs[name] = _next(model, batches)
+        if name != "vrq":  # whose rows are of too many words
+            merged = merge(copy.deepcopy(model))
+            jobs[f"{name}_merged"] = _next(merged, batches)
+            notes[f"{name}_merged"] = f"`leanrec.merge`, which takes {merged.deep[0].nbytes / 1e6:.1f} MB of memory"
     dense = build("deepfm", schema, embedding_dim=columns).eval()
     dense.embedding = _Ready(full.embedding(batches[0]))
     jobs["dense part"] = _next(dense, batches)
     medians = record.median_seconds(jobs, repeats=40, warm_ups=4)
-    for name, method in methods.items():
+    bound = f"with look-ups at no cost at all it would be {medians['full'] / medians['dense part']:.2f}: the rest are products of dense matrices"
+    for name in [*methods, *notes]:
+        method = methods[name.removesuffix("_merged")]
         setting = {"tables": 26, "rows": rows, "columns": columns, "batch": batch, "method": repr(method), "ids": "Zipf"}
-        note = f"with look-ups at no cost at all it would be {medians['full'] / medians['dense part']:.2f}: the rest are products of dense matrices"
+        note = notes.get(name, bound)
         _write("deepfm_forward_" + name, medians, "full", name, bar=1.5, unit="ms", scale=1e3, setting=setting, note=note)
 
 

@@ -157,6 +157,13 @@ class Table(nn.Module, ABC):
         """The table as the look-up kernel reads it, where it has a layout that the kernel knows and `lookup` answers the same; else None."""
         return None
 
+    def axes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Coordinates (V, R), basis (R, D) and mean (D,), where rows are coordinates @ basis + mean and R + 1 is below D; else None.
+
+        What follows a table can then be multiplied with the basis instead of with rows: see `leanrec.merge`.
+        """
+        return None
+
     def held(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Its own parameters and buffers by name, for `coded`: to find one as an attribute takes `nn.Module` as long as reading a row."""
         return self._parameters, self._buffers

@@ -189,6 +189,12 @@ class BlockTable(Table):
             rows = rows.index_copy_(0, places, block(ranks[places], sparse=self.sparse))
         return rows
 
+    def axes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        block, *more = self.blocks
+        if more or not self.method.sorted_rows or not block.shape.is_projected or block.shape.width + 1 >= self.embedding_dim:
+            return None
+        return block.rows, block.projection, block.bias
+
     def _from_all_blocks(self, ranks: Tensor) -> Tensor:
         """What `lookup` answers, by a program that does not depend on the ids: each block answers for all of them."""
         rows = self.blocks[0](ranks, sparse=self.sparse)

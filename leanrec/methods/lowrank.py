@@ -84,3 +84,6 @@ class LowRankTable(StreamingTable):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.coordinates, sparse=self.sparse) @ self.basis + self.mean
+
+    def axes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        return (self.coordinates, self.basis, self.mean) if self.method.rank + 1 < self.embedding_dim else None

@@ -39,7 +39,7 @@ class DCNv2(nn.Module):
         """Logits (B,)."""
         x0 = self.embedding(features).flatten(1)
         crossed = self.cross(x0)
-        hidden = self.deep(crossed) if self.structure == "stacked" else torch.cat([crossed, self.deep(x0)], dim=1)
+        hidden = self.deep(crossed) if self.structure == "stacked" else torch.cat([crossed, self.deep(x0, features)], dim=1)
         return self.output(hidden).squeeze(1)
 
 

@@ -33,4 +33,4 @@ class DeepFM(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Logits (B,)."""
         embeddings = self.embedding(features)
-        return self.first_order(features, embeddings) + sum_of_products(embeddings) + self.deep(embeddings.flatten(1)).squeeze(1)
+        return self.first_order(features, embeddings) + sum_of_products(embeddings) + self.deep(embeddings.flatten(1), features).squeeze(1)

@@ -35,7 +35,7 @@ class GDCNP(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Logits (B,)."""
         c0 = self.embedding(features).flatten(1)
-        return self.output(torch.cat([self.cross(c0), self.deep(c0)], dim=1)).squeeze(1)
+        return self.output(torch.cat([self.cross(c0), self.deep(c0, features)], dim=1)).squeeze(1)
 
 
 class GatedCrossNetwork(nn.Module):

@@ -144,6 +144,10 @@ class MLP(nn.Sequential):
             input_dim = output_dim
         self.output_dim = input_dim
 
+    def forward(self, input: Tensor, features: dict[str, Tensor] | None = None) -> Tensor:
+        """(B, input_dim) -> (B, output_dim). What stands in its place after `leanrec.merge` asks for the features whose vectors the input is."""
+        return super().forward(input)
+
 
 def masked_mean(vectors: Tensor, mask: Tensor) -> Tensor:
     """Mean of the vectors that a mask keeps: (B, L, D) and (B, L) bool -> (B, D), zeros where it keeps none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -43,6 +43,15 @@ class Coded(NamedTuple):
     tensors: list[Tensor]
     numbers: list[int]
     width: int
+
+
+class Lookup(NamedTuple):
+    """Ids (N,) int32 or int64 of a table of `num_rows`, in the layout "sum"; `padding` is the id for which nothing is there."""
+
+    coded: Coded
+    ids: Tensor
+    num_rows: int
+    padding: int | None
 
 
 def concat(packed_codes: Tensor, codebooks: Tensor, num_bits: int, width: int) -> Coded:
@@ -138,6 +147,36 @@ def bags(coded: Coded, ids: Tensor, offsets: Tensor, *, num_rows: int, padding: 
         ValueError: Offsets that fall or do not lie within the ids.
     """
     return _read(ids, coded, num_rows, -1 if padding is None else padding, offsets, weights, mean=mean)
+
+
+def add_sums(out: Tensor, lookups: Sequence[Lookup]) -> Tensor:
+    """Adds to each row of `out`, (N, D) float32, the rows that N ids have in each of several tables of sums; without a gradient. Returns `out`.
+
+    Raises:
+        IndexError: An id outside of its table.
+    """
+    if torch.compiler.is_compiling() or not all(takes(lookup.coded, lookup.ids) and lookup.ids.is_cpu for lookup in lookups):
+        return _add_sums_by_torch(out, lookups)
+    numbers = []
+    held = []  # for as long as the kernel reads
+    for (_, (codebooks, packed_codes), (num_bits,), _), ids, num_rows, padding in lookups:
+        books, ids = codebooks.contiguous(), ids.contiguous() if ids.dtype in (torch.int32, torch.int64) else ids.long()
+        held += [books, ids]
+        codes = [packed_codes.data_ptr(), packed_codes.numel(), num_bits, books.data_ptr(), len(books), books.shape[1]]
+        numbers.append([*codes, ids.data_ptr(), int(ids.dtype == torch.int64), num_rows, -1 if padding is None else padding])
+    table = torch.tensor(numbers)
+    bad = _kernel.add_sums(table.data_ptr(), len(numbers), len(out), out.data_ptr(), out.shape[1], torch.get_num_threads())
+    if bad != _FINE:
+        raise IndexError(f"an id in row {bad} is outside of its table.")
+    return out
+
+
+def _add_sums_by_torch(out: Tensor, lookups: Sequence[Lookup]) -> Tensor:
+    for (_, (codebooks, packed_codes), (num_bits,), _), ids, _, padding in lookups:
+        codes = unpack_rows(packed_codes, ids.long(), len(codebooks), num_bits).unbind(1)
+        rows = sum((book[code] for book, code in zip(codebooks, codes, strict=True)), start=torch.zeros_like(out))
+        out += rows if padding is None else rows.masked_fill((ids == padding).unsqueeze(1), 0.0)
+    return out
 
 
 @contextmanager

@@ -37,6 +37,7 @@ constexpr int64_t kValuesPerThread = 1 << 15;  // as torch shares its work
 #else
 constexpr int64_t kValuesPerThread = 1 << 17;  // a thread costs some ten microseconds, in which another one writes so many values
 #endif
+constexpr size_t kWordsAhead = 8;              // words between the one that is added and the one that is asked for
 constexpr int64_t kMaxLevels = 32;
 constexpr int64_t kFine = -1, kBadBorders = -2, kBadOffsets = -3;  // beside the place of an id that is out of range
 
@@ -497,6 +498,47 @@ FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t pad
     }
 }
 
+// Where the ids of a batch are looked up in one of several tables whose rows are sums of words.
+struct Lookup {
+    Books books;
+    uintptr_t ids;
+    bool long_ids;
+    int64_t num_rows, padding;
+
+    INLINE int64_t id(int64_t place) const { return long_ids ? reinterpret_cast<const int64_t*>(ids)[place] : reinterpret_cast<const int32_t*>(ids)[place]; }
+};
+
+// out += the sums of the words that ids of a place stand for; the place of an id out of range, or kFine.
+FOR_EACH_CPU int64_t add_sums(const std::vector<Lookup>& lookups, float* out, int64_t width, int64_t begin, int64_t end) {
+    std::vector<const float*> words;
+    for (int64_t place = begin; place < end; ++place) {
+        words.clear();
+        for (const Lookup& lookup : lookups) {
+            const int64_t id = lookup.id(place);
+            if (uint64_t(id) >= uint64_t(lookup.num_rows)) return place;
+            if (place + kAhead < end && uint64_t(lookup.id(place + kAhead)) < uint64_t(lookup.num_rows)) lookup.books.prefetch(lookup.id(place + kAhead));
+            if (id == lookup.padding) continue;
+            for (int64_t book = 0; book < lookup.books.num_books; ++book) words.push_back(lookup.books.word<false>(id, book, width));
+        }
+        float* row = out + place * width;
+        size_t word = 0;
+        for (; word + 4 <= words.size(); word += 4) {
+            const float *first = words[word], *second = words[word + 1], *third = words[word + 2], *fourth = words[word + 3];
+            const float* const* later = &words[std::min(word + kWordsAhead, words.size() - 4)];
+            int64_t column = 0;
+            for (; column + 8 <= width; column += 8) {
+                if (column % 16 == 0) {
+                    for (int ahead = 0; ahead < 4; ++ahead) __builtin_prefetch(later[ahead] + column);
+                }
+                eight(row + column) += (eight(first + column) + eight(second + column)) + (eight(third + column) + eight(fourth + column));
+            }
+            for (; column < width; ++column) row[column] += first[column] + second[column] + third[column] + fourth[column];
+        }
+        for (; word < words.size(); ++word) put<true>(row, words[word], 1.0f, width);
+    }
+    return kFine;
+}
+
 }  // namespace
 
 NB_MODULE(_kernel, m) {
@@ -528,6 +570,21 @@ NB_MODULE(_kernel, m) {
         if (bits == 8) return run(call, Scaled<8>{bytes, halves, call.width, group, num_groups});
         if (bits == 4) return run(call, Scaled<4>{bytes, halves, call.width, group, num_groups});
         return run(call, Scaled<2>{bytes, halves, call.width, group, num_groups});
+    });
+    // `numbers` has a row for each look-up: codes, nbytes, bits, books, num_books, num_words, ids, long_ids, num_rows, padding.
+    m.def("add_sums", [](uintptr_t numbers, int64_t num_lookups, int64_t num_ids, uintptr_t out, int64_t width, int64_t num_threads) {
+        nb::gil_scoped_release release;
+        std::vector<Lookup> lookups;
+        for (const int64_t* row = at<const int64_t*>(numbers); int64_t(lookups.size()) < num_lookups; row += 10) {
+            lookups.push_back({{{at<const uint8_t*>(row[0]), row[1], row[2]}, at<const float*>(row[3]), row[4], row[5], width}, uintptr_t(row[6]), row[7] != 0, row[8], row[9]});
+        }
+        std::atomic<int64_t> bad{kFine};
+        const int64_t useful = num_ids * num_lookups * width / kValuesPerThread;
+        share(num_ids, std::clamp<int64_t>(std::min(useful, num_ids), 1, std::max<int64_t>(num_threads, 1)), [&](int64_t begin, int64_t end) {
+            const int64_t found = add_sums(lookups, at<float*>(out), width, begin, end);
+            if (found >= 0) bad = found;
+        });
+        return bad.load();
     });
     m.def("gradients", [](uintptr_t ids, int64_t num_ids, int64_t padding, uintptr_t grad, int64_t row_width, uintptr_t codes, int64_t nbytes,
                           int64_t bits, uintptr_t out, int64_t num_books, int64_t num_words, int64_t width, bool side_by_side, int64_t num_threads) {

@@ -1,0 +1,133 @@
+"""Models made faster for look-ups: linear layers over the vectors of fields, multiplied with what the tables are made of.
+
+The merging of an expansion into the layer after it is that of Yu et al., KDD 2024, arXiv 2405.18146; with the words of code books, it is how
+Jegou, Douze and Schmid, TPAMI 2011, compute inner products with coded vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanrec.methods import Table
+from leanrec.models.dcnv2 import DCNv2
+from leanrec.models.deepfm import DeepFM
+from leanrec.models.gdcn import GDCNP
+from leanrec.models.layers import FieldEmbedding
+from leanrec.ops import fused
+
+_WORD_COST = 4  # a word has to be fetched, a row is there: adding up a value takes as long as about so many products
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The model for look-ups alone, in place: its first dense layer is multiplied with the code books and axes of its tables.
+
+    A layer of H outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H
+    numbers instead of D x H products; one that takes rows of R coordinates is R x H products. Answers stay the same but for rounding. The
+    model takes M x K x H x 4 bytes of memory for each field of such words. Fields of other tables, lists and numbers are multiplied as before.
+
+    The model can no longer be trained, and no longer be saved or compressed: do that before.
+
+    Args:
+        model: DeepFM, DCNv2 (not stacked) or GDCN-P, or a class derived from them, on a CPU and in float32.
+
+    Returns:
+        The same model, in evaluation mode, its parameters without gradients.
+
+    Raises:
+        ValueError: The model is another one, or none of its tables can be merged.
+    """
+    if not isinstance(model, DeepFM | DCNv2 | GDCNP) or (isinstance(model, DCNv2) and model.structure == "stacked"):
+        raise ValueError(f"{type(model).__name__} has no dense layer of the vectors of fields alone. DeepFM, DCNv2 (not stacked) and GDCNP have one.")
+    layer, *rest = model.deep
+    if type(layer) is not nn.Linear:
+        raise ValueError(f"the first dense layer is a {type(layer).__name__}. Only an nn.Linear can be merged.")
+    merged = MergedLinear(layer, model.embedding)
+    if not merged.sums and not merged.coordinates:
+        raise ValueError(
+            "no table has rows of a few words (PQ, RQ, MEC, DPQ) or of a few coordinates (LowRank, SmallDim), so there is nothing to merge."
+        )
+    model.set_submodule("deep", MergedMLP(merged, nn.Sequential(*rest)))
+    return model.eval().requires_grad_(False)
+
+
+class MergedMLP(nn.Module):
+    """A perceptron whose first layer is merged."""
+
+    def __init__(self, first: MergedLinear, rest: nn.Sequential) -> None:
+        super().__init__()
+        self.first, self.rest = first, rest
+
+    def forward(self, input: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """What the perceptron makes of the vectors of `features`: (B, F * D) -> (B, output_dim)."""
+        return self.rest(self.first(input, features))
+
+
+class MergedLinear(nn.Module):
+    """A linear layer over the vectors of fields that knows what becomes of the words and axes of their tables.
+
+    Attributes:
+        sums: Place of a field -> its table as sums of words, each of which is (H,), what the layer makes of a word; number of rows; padding.
+        coordinates: Place of a field -> (V, R), padding.
+        others: Places of the other fields.
+        weight: (H, N), of the vectors of `others`, then of each `coordinates` and a one.
+        bias: (H,).
+    """
+
+    def __init__(self, layer: nn.Linear, embedding: FieldEmbedding) -> None:
+        super().__init__()
+        self.names = [field.name for field in embedding.fields]
+        self.sums: dict[int, tuple[fused.Coded, int, int | None]] = {}
+        self.coordinates: dict[int, tuple[Tensor, int | None]] = {}
+        self.others: list[int] = []
+        self.bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
+        weights, weights_of_axes = [torch.empty(layer.out_features, 0)], []
+        for place, (field, weight) in enumerate(zip(embedding.fields, layer.weight.detach().chunk(len(embedding.fields), dim=1), strict=True)):
+            table = embedding.table(field) if field.kind == "categorical" else None
+            if isinstance(table, Table) and (sums := _sums(table, weight)) is not None:
+                self.sums[place] = (sums, table.num_embeddings, table.padding_idx)
+            elif isinstance(table, Table) and (axes := table.axes()) is not None:
+                coordinates, basis, mean = (values.detach() for values in axes)
+                self.coordinates[place] = (coordinates, table.padding_idx)
+                weights_of_axes += [weight @ basis.T, (weight @ mean).unsqueeze(1)]
+            else:
+                self.others.append(place)
+                weights.append(weight)
+        self.weight = torch.cat(weights + weights_of_axes, dim=1)
+
+    def forward(self, vectors: Tensor, features: dict[str, Tensor]) -> Tensor:
+        """What the layer makes of `vectors`, which are those of `features`: (B, F * D) -> (B, H)."""
+        inputs = [vectors.unflatten(1, (len(self.names), -1))[:, self.others].flatten(1)]
+        for place, (coordinates, padding) in self.coordinates.items():
+            ids = features[self.names[place]]
+            known = torch.ones(len(ids), 1) if padding is None else (ids != padding).unsqueeze(1).float()
+            inputs += [F.embedding(ids, coordinates) * known, known]
+        out = F.linear(torch.cat(inputs, dim=1), self.weight, self.bias)
+        lookups = []
+        for place, (sums, num_rows, padding) in self.sums.items():
+            lookups.append(fused.Lookup(sums, features[self.names[place]], num_rows, padding))
+        return fused.add_sums(out, lookups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it multiplies and adds up, without what it reads of the tables."""
+        words = sum(coded.tensors[0].nbytes for coded, _, _ in self.sums.values())
+        return self.weight.nbytes + self.bias.nbytes + words
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise ValueError("a merged model answers look-ups and nothing else: save, compress and report a model before leanrec.merge.")
+
+
+def _sums(table: Table, weight: Tensor) -> fused.Coded | None:
+    """What a layer's weight (H, D) makes of a table, as sums of words; None where rows are no words, or so many that nothing is gained."""
+    coded = table.coded()
+    if coded is None or coded.layout not in ("concat", "sum"):
+        return None
+    books, packed_codes = coded.tensors
+    if _WORD_COST * len(books) >= coded.width:
+        return None
+    by_book = weight.T.unflatten(0, (len(books), -1)) if coded.layout == "concat" else weight.T
+    return fused.sums(packed_codes, (books.detach() @ by_book).contiguous(), coded.numbers[0], len(weight))
