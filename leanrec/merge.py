@@ -47,9 +47,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError(f"the first dense layer is a {type(layer).__name__}. Only an nn.Linear can be merged.")
     merged = MergedLinear(layer, model.embedding)
     if not merged.sums and not merged.coordinates:
-        raise ValueError(
-            "no table has rows of a few words (PQ, RQ, MEC, DPQ) or of a few coordinates (LowRank, SmallDim), so there is nothing to merge."
-        )
+        raise ValueError("nothing to merge: no table has rows of a few words (PQ, RQ, MEC, DPQ) or of a few coordinates (LowRank, SmallDim).")
     model.set_submodule("deep", MergedMLP(merged, nn.Sequential(*rest)))
     return model.eval().requires_grad_(False)
 

@@ -101,7 +101,7 @@ def deepfm() -> None:
         if name != "vrq":  # whose rows are of too many words
             merged = merge(copy.deepcopy(model))
             jobs[f"{name}_merged"] = _next(merged, batches)
-            notes[f"{name}_merged"] = f"`leanrec.merge`, which takes {merged.deep[0].nbytes / 1e6:.1f} MB of memory"
+            notes[f"{name}_merged"] = f"`leanrec.merge`, which takes {merged.deep.first.nbytes / 1e6:.1f} MB of memory"
     dense = build("deepfm", schema, embedding_dim=columns).eval()
     dense.embedding = _Ready(full.embedding(batches[0]))
     jobs["dense part"] = _next(dense, batches)
