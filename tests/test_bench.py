@@ -109,6 +109,16 @@ def test_smaller_models_of_earlier_results_are_not_taken_for_the_method_of_that_
     assert read_results(tmp_path) == [{"run": {"family": "Smaller", "method": "Full()", "embedding_dim": 4}}, method]
 
 
+def test_the_log_is_prepared_as_the_experiment_says(suite, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "rare.toml").write_text('dataset = "small"\nseeds = [0]\n[prepare]\nmin_count = 20\n[train]\nepochs = 1\n')
+    bench([tmp_path / "tiny" / "rare.toml"], logs=suite / "logs", results=tmp_path / "results", work=suite / "work")
+    [result] = read_results(tmp_path / "results" / "tiny")
+    whole = next(other for other in read_results(suite / "results" / "tiny") if other["run"]["family"] == "Full")
+    assert result["settings"]["prepare"] == {"min_count": 20}
+    assert result["size"]["vocabulary"] < whole["size"]["vocabulary"]
+
+
 def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     paths = sorted((suite / "results" / "tiny").glob("*.json"))
     before = {path: path.read_text() for path in paths}

@@ -94,9 +94,10 @@ def test_training_options_are_the_settings_with_their_defaults():
             assert options[setting.name].default == setting.default, setting.name
 
 
-def test_tuning_options_have_the_defaults_of_the_library():
-    options = inspect.signature(COMMANDS["compress"].callback).parameters
-    assert (options["tune_epochs"].default, options["tune_learning_rate"].default) == (TUNING.epochs, TUNING.learning_rate)
+def test_tuning_options_name_the_defaults_of_the_library(capsys):
+    text = " ".join(_done(capsys, "compress", "--help").split())
+    assert f"0 for none. [default: {TUNING.epochs}]" in text
+    assert f"Of the fine-tuning. [default: {TUNING.learning_rate}]" in text
 
 
 def test_setting_is_a_literal_or_a_word():

@@ -38,6 +38,7 @@ class Experiment:
         small_dims: Embedding dimensions of plain smaller models.
         small_methods: Text forms that each of these smaller models is compressed with, as they stand.
         dense_ratios: Bytes of all linear layers before / after, of the full model with its tables as they are.
+        prepare: Options of `leanrec.data.prepare.prepare` beside the log and the folder.
         model, train, tuning: Differences from the defaults. `tuning = false` compresses without fine-tuning.
     """
 
@@ -53,6 +54,7 @@ class Experiment:
     small_dims: tuple[int, ...] = ()
     small_methods: tuple[str, ...] = ()
     dense_ratios: tuple[float, ...] = ()
+    prepare: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] | bool = field(default_factory=dict)

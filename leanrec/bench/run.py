@@ -112,7 +112,12 @@ def run_cell(job: tuple[Cell, Folders]) -> Path:
 
 def _prepare(experiment: Experiment, folders: Folders) -> None:
     """Make the experiment's log ids, unless it is done."""
-    prepare([folders.logs / experiment.dataset], folders.work / "data" / experiment.dataset)
+    prepare([folders.logs / experiment.dataset], _data_folder(experiment, folders), **experiment.prepare)
+
+
+def _data_folder(experiment: Experiment, folders: Folders) -> Path:
+    """Where the prepared log lies: one for all experiments that prepare it alike."""
+    return folders.work / "data" / (f"{experiment.dataset}-{_digest(experiment.prepare)}" if experiment.prepare else experiment.dataset)
 
 
 def _train(job: tuple[Cell, Folders, int]) -> None:
@@ -124,7 +129,7 @@ def _train(job: tuple[Cell, Folders, int]) -> None:
 def _training(cell: Cell, folders: Folders, embedding_dim: int) -> dict[str, Any]:
     """How a model of a cell is trained, for `train_run`."""
     return {
-        "data": folders.work / "data" / cell.experiment.dataset,
+        "data": _data_folder(cell.experiment, folders),
         "model": cell.backbone,
         "model_settings": {**cell.experiment.model, "embedding_dim": embedding_dim},
         "settings": TrainSettings(**{**cell.experiment.train, "seed": cell.seed}),
@@ -134,9 +139,12 @@ def _training(cell: Cell, folders: Folders, embedding_dim: int) -> dict[str, Any
 def _train_folder(cell: Cell, folders: Folders, embedding_dim: int) -> Path:
     """Where the trained model of a seed lies: one for all suites that train it alike."""
     experiment = cell.experiment
-    settings = json.dumps([experiment.model, experiment.train], sort_keys=True)
-    digest = hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
-    return folders.work / "runs" / f"{experiment.dataset}-{cell.backbone}-d{embedding_dim}-seed{cell.seed}-{digest}"
+    digest = _digest([experiment.model, experiment.train])
+    return folders.work / "runs" / f"{_data_folder(experiment, folders).name}-{cell.backbone}-d{embedding_dim}-seed{cell.seed}-{digest}"
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def _trained_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str, Any]:
@@ -223,7 +231,7 @@ def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Pa
             "embedding_dim": cell.embedding_dim,
             "seed": cell.seed,
         },
-        "settings": {key: getattr(cell.experiment, key) for key in ("model", "train", "tuning")},
+        "settings": {key: getattr(cell.experiment, key) for key in ("prepare", "model", "train", "tuning")},
         "quality": quality,
         "size": size,
         "seconds": {**seconds, "evaluate": round(evaluated - start, 3)},

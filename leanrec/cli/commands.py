@@ -251,8 +251,10 @@ def compress(
     dense_ratio: Annotated[
         float | None, typer.Option(metavar="NUMBER", help="Make all linear layers together so many times smaller, by a low rank for each.")
     ] = None,
-    tune_epochs: Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Most passes of fine-tuning afterwards; 0 for none.")] = 2,
-    tune_learning_rate: Annotated[float, typer.Option(metavar="NUMBER", help="Of the fine-tuning.")] = 1e-4,
+    tune_epochs: Annotated[
+        int | None, typer.Option(metavar="NUMBER", min=0, help="Most passes of fine-tuning afterwards; 0 for none.  [default: 2]")
+    ] = None,
+    tune_learning_rate: Annotated[float | None, typer.Option(metavar="NUMBER", help="Of the fine-tuning.  [default: 0.0001]")] = None,
     tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of a table in a file: the tensor or column, where there are several.")] = None,
     counts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Of a table in a file: how often each row is looked up, integers in a file of the same kinds.")
@@ -266,8 +268,10 @@ def compress(
     A table in a file is read in stretches and its compressed form written as it goes, in little memory.
     """
     if is_table(run):
-        if max_auc_drop is not None or dense_ratio is not None:
-            raise typer.BadParameter(f"{run} is a table, not a run: it has no model whose AUC or linear layers --max-auc-drop or --dense-ratio mean.")
+        if any(option is not None for option in (max_auc_drop, dense_ratio, tune_epochs, tune_learning_rate)):
+            raise typer.BadParameter(
+                f"{run} is a table, not a run: it has no model for --max-auc-drop, --dense-ratio, --tune-epochs or --tune-learning-rate."
+            )
         _use_threads(threads)
         _compress_table(run, out, method or ["PQ()"], tensor, counts, ratio, nbytes, seed)
         return
@@ -278,7 +282,9 @@ def compress(
     from leanrec.tune import TUNING, compress_run, size_report
 
     _use_threads(threads)
-    tuning = replace(TUNING, epochs=tune_epochs, learning_rate=tune_learning_rate) if tune_epochs else None
+    epochs = TUNING.epochs if tune_epochs is None else tune_epochs
+    learning_rate = TUNING.learning_rate if tune_learning_rate is None else tune_learning_rate
+    tuning = replace(TUNING, epochs=epochs, learning_rate=learning_rate) if epochs else None
     with display() as shown:
         record = compress_run(
             run,
@@ -292,7 +298,7 @@ def compress(
             seed=seed,
             on_trial=lambda trial: shown.line(_trial(trial, max_auc_drop)),
             on_work=shown.work,
-            on_step=show_training(shown, lambda: Path(runs.load(run)["recommender"]["data"]), batch_size=TUNING.batch_size, epochs=tune_epochs),
+            on_step=show_training(shown, lambda: Path(runs.load(run)["recommender"]["data"]), batch_size=TUNING.batch_size, epochs=epochs),
         )
     typer.echo(size_report(open_run(out)))
     if max_auc_drop is not None:

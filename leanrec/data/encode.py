@@ -18,6 +18,8 @@ from leanrec.data.shards import ShardWriter, read_shards
 from leanrec.data.staging import Progress
 from leanrec.data.vocabulary import Vocabulary, count_piece, merge_counts, vocabulary_of, vocabulary_path
 
+LARGEST_DICTIONARY = 16_384  # ids of more different values are written faster, and smaller, as they are
+
 
 def build_vocabularies(staged: Path, out: Path, columns: Sequence[Column], progress: Progress) -> dict[str, Vocabulary]:
     """Vocabulary of each column of ids, counted on the training split and written to `out/vocabulary`.
@@ -50,7 +52,8 @@ def describe_fields(staged: Path, columns: Sequence[Column], vocabularies: Mappi
 
 def encode(staged: Path, out: Path, schema: Schema, vocabularies: Mapping[str, Vocabulary], progress: Progress) -> None:
     """Write the rows of one split as ids, in their order."""
-    with ShardWriter(out, _encoded_schema(schema)) as writer:
+    repeating = [_path(field) for field in schema.fields if field.vocabulary is None or field.num_embeddings <= LARGEST_DICTIONARY]
+    with ShardWriter(out, _encoded_schema(schema), dictionary=[*repeating, schema.label]) as writer:
         for table in ahead(_encoded(staged, schema, vocabularies)):
             writer.write(table)
             progress(f"writing {out.name}", writer.num_rows)
@@ -58,12 +61,12 @@ def encode(staged: Path, out: Path, schema: Schema, vocabularies: Mapping[str, V
 
 def read_values(folder: Path, column: Column) -> Iterator[pa.DictionaryArray]:
     """The values of one column of staged rows, those of lists one after another."""
-    for batch in read_shards(folder, columns=[column.name], dictionary=[_text_path(column)]):
+    for batch in read_shards(folder, columns=[column.name], dictionary=[_path(column)]):
         yield batch[column.name].flatten() if column.is_list else batch[column.name]
 
 
 def _encoded(staged: Path, schema: Schema, vocabularies: Mapping[str, Vocabulary]) -> Generator[pa.Table, None, None]:
-    for batch in read_shards(staged, dictionary=[_text_path(field) for field in schema.fields if field.vocabulary is not None]):
+    for batch in read_shards(staged, dictionary=[_path(field) for field in schema.fields if field.vocabulary is not None]):
         ids = {field.name: _encode(field, batch[field.name], vocabularies) for field in schema.fields}
         yield pa.table({**ids, schema.label: batch[schema.label]})
 
@@ -100,7 +103,7 @@ def _encoded_schema(schema: Schema) -> pa.Schema:
     return pa.schema([*((field.name, types[field.kind]) for field in schema.fields), (schema.label, pa.int8())])
 
 
-def _text_path(column: Column | Field) -> str:
+def _path(column: Column | Field) -> str:
     return f"{column.name}.list.element" if column.is_list else column.name
 
 

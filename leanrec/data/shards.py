@@ -17,16 +17,18 @@ SHARD_ROW_GROUPS = 64
 class ShardWriter:
     """Writes `part-00000.parquet`, `part-00001.parquet`, ... with `ROW_GROUP_ROWS` rows in every row group but the last of all.
 
-    Shards that are `temporary`, read once and deleted, are written faster and are larger.
+    Shards that are `temporary`, read once and deleted, are written faster and are larger. `dictionary` names the paths of columns (as in
+    `read_shards`) whose values repeat enough for a dictionary to pay; None leaves it to Parquet, which tries for all.
 
     Attributes:
         num_rows: Rows given so far.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, *, temporary: bool = False) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, *, temporary: bool = False, dictionary: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True)
         self.folder, self.schema, self.num_rows = folder, schema, 0
-        self._options = {"compression": "lz4", "write_statistics": False} if temporary else {"compression": "zstd"}
+        kind = {"compression": "lz4", "write_statistics": False} if temporary else {"compression": "zstd"}
+        self._options = {**kind, "use_dictionary": True if dictionary is None else list(dictionary)}
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
         self._shard: parquet.ParquetWriter | None = None
