@@ -8,12 +8,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
 from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
 from leanrec.bench.run import opponent, read_suites
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
 
 Result = Mapping[str, Any]
+
+SHOWN_DROP = 0.03  # of AUC, in pictures
 
 HEADER = """# Benchmarks
 
@@ -44,7 +48,10 @@ def readme(folder: Path) -> str:
     parts, suites = [HEADER], read_suites(folder / "results")
     known = [result for results in suites.values() for result in results]
     for suite, results in suites.items():
-        parts += [f"## {suite}\n", *(_experiment(group, folder, suite, known) for group in grouped(results, _experiment_key))]
+        parts += [
+            f"## {suite}\n\n{core_hours(results):.1f} hours of one core.\n",
+            *(_experiment(group, folder, suite, known) for group in grouped(results, _experiment_key)),
+        ]
     return "\n".join(parts)
 
 
@@ -66,7 +73,8 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
     title = f"### {run['experiment']}: {run['backbone']} on {run['dataset']}\n"
     about = (
         f"Embedding dimension {full[0]['run']['embedding_dim']}; tables {full[0]['size']['tables_full']:,} bytes, vocabulary "
-        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seed{'s' * (len(seeds) > 1)}; {results[0]['machine']}.\n"
+        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
+        f"{results[0]['machine']}, {core_hours(results):.1f} hours of one core.\n"
     )
     columns = [
         "method",
@@ -142,36 +150,73 @@ def relative_speed(results: Sequence[Result]) -> str:
 
 
 def difference(results: Sequence[Result]) -> str:
-    """Mean AUC difference over seeds and its interval; of a single seed, the interval over its rows."""
+    """Mean AUC difference over seeds and its interval, as text."""
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*_interval(results))
+
+
+def _interval(results: Sequence[Result]) -> tuple[float, float, float]:
+    """Mean AUC difference over seeds and the ends of its interval; of a single seed, the interval over its rows."""
     if len(results) == 1:
         quality = results[0]["quality"]
-        return f"{quality['auc_diff']:+.4f} [{quality['auc_diff_low']:+.4f}, {quality['auc_diff_high']:+.4f}]"
+        return quality["auc_diff"], quality["auc_diff_low"], quality["auc_diff_high"]
     differences = [result["quality"]["auc_diff"] for result in results]
     errors = [(result["quality"]["auc_diff_high"] - result["quality"]["auc_diff_low"]) / 2 / 1.959964 for result in results]
     interval = combine_seeds(differences, errors)
-    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]"
+    return interval.value, interval.low, interval.high
+
+
+def core_hours(results: Sequence[Result]) -> float:
+    """Hours of one core that made some results; a model that several start from was trained once."""
+    trained = {}
+    seconds = 0.0
+    for result in results:
+        run, spent = result["run"], result["seconds"]
+        own = (run["method"], run["ratio"]) if _scratch(result) else None
+        trained[run["experiment"], run["backbone"], run["embedding_dim"], run["seed"], own] = spent["pretrain"]
+        seconds += spent["fit"] + spent["tune"] + spent["evaluate"]
+    return (seconds + sum(trained.values())) / 3600
 
 
 def _plot(results: Sequence[Result], path: Path) -> Path:
-    """AUC over bytes of the tables (log scale), mean over seeds with their spread."""
+    """AUC over bytes of the tables (log scale): that of the full model plus the mean difference to it, with the interval of the difference.
+
+    What loses more than `SHOWN_DROP`, and the wide intervals of two seeds, end at the picture's edge: they would press all else into a line.
+    """
+    from cycler import cycler
+    from matplotlib.colors import TABLEAU_COLORS
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    whole = [result for result in results if result["run"]["family"] == FULL]
+    full = mean(whole, "quality", "auc")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(cycler(marker=["o", "s", "^"]) * cycler(color=list(TABLEAU_COLORS)))
+    axes.axhline(full, color="black", linestyle="--", linewidth=1, label=f"full model, {mean(whole, 'size', 'tables'):,.0f} bytes")
     for (_, family, scratch), members in groupby(sorted(results, key=_order), key=_order):
+        if family in (FULL, DENSE):
+            continue
         groups = sorted(grouped(list(members), _method_key), key=lambda group: mean(group, "size", "tables"))
-        sizes = [mean(group, "size", "tables") for group in groups]
-        means = [mean(group, "quality", "auc") for group in groups]
-        if family == DENSE:
-            continue
-        if family == FULL:
-            axes.axhline(means[0], color="black", linestyle="--", linewidth=1, label=f"full model, {sizes[0]:,.0f} bytes")
-            continue
-        spreads = [stdev(result["quality"]["auc"] for result in group) if len(group) > 1 else 0.0 for group in groups]
-        axes.errorbar(sizes, means, yerr=spreads, marker="o", capsize=2, label=family + (" from scratch" if scratch else ""))
+        values, lows, highs = np.array([_interval(group) for group in groups]).T
+        label = ("smaller dimension" if family == SMALLER else family) + (" from scratch" if scratch else "")
+        axes.errorbar(
+            [mean(group, "size", "tables") for group in groups],
+            full + values,
+            yerr=[values - lows, highs - values],
+            linestyle="none" if family == SMALLER else "-",  # several dimensions, with and without fewer bits, are no line
+            linewidth=1,
+            elinewidth=0.7,
+            markersize=4,
+            capsize=2,
+            label=label,
+        )
+    low, high = axes.get_ylim()
+    best = max(full, *(full + _interval(group)[0] for group in grouped(results, _method_key)))
+    axes.set_ylim(max(low, full - SHOWN_DROP), min(high, best + SHOWN_DROP / 3))
     run = results[0]["run"]
-    axes.set(xscale="log", xlabel="bytes of all embedding tables, as stored", ylabel="test AUC", title=f"{run['backbone']} on {run['dataset']}")
-    axes.legend(fontsize="small")
+    axes.set(xscale="log", xlabel="bytes of all embedding tables, as stored", ylabel="test AUC")
+    axes.set_title(f"{run['backbone']} on {run['dataset']}, 95% intervals of the difference to the full model", fontsize="medium")
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.set_figheight(max(5.0, 0.22 * len(axes.get_legend_handles_labels()[1])))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
