@@ -175,3 +175,26 @@ assert state() == before, [pair for pair in zip(state(), before) if pair[0] != p
 """
     result = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["--help"], ["torch", "polars", "numpy"]),
+        (["train", "--help"], ["torch", "polars", "numpy"]),
+        (["train"], ["torch", "polars", "numpy"]),
+        (["prepare", "nothing.csv", "--out", "out"], ["torch"]),
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(arguments, absent):
+    """Help and mistakes are answered at once, and a log is prepared without torch."""
+    program = f"import sys; from leanrec.cli import run; run({arguments}); sys.exit(any(name in sys.modules for name in {absent}))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+def test_a_public_function_is_not_hidden_by_the_room_of_its_name():
+    program = (
+        "import leanrec.compress, leanrec.report, leanrec.merge, leanrec; leanrec.compress, leanrec.report, leanrec.merge; print(leanrec.compress)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("<function compress")

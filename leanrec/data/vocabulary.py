@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import torch
 from pyarrow import parquet
-from torch import Tensor
 
 from leanrec.data.schema import FIRST_ID, UNKNOWN_ID, Schema
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FOLDER = "vocabulary"
 
@@ -133,6 +135,8 @@ def read_counts(folder: Path, schema: Schema) -> dict[str, Tensor]:
     Raises:
         ValueError: A vocabulary is missing, damaged or of another size than the schema says.
     """
+    import torch  # preparing a log needs none
+
     counts = {}
     for name, num_embeddings in schema.vocabularies.items():
         path = vocabulary_path(folder, name)
