@@ -53,9 +53,10 @@ def read_blocks(path: Path, bad_rows: BadRows, *, header: bool = False) -> Gener
     """
     first = 1
     for text in _read_whole_lines(path):
-        block = Block(text, np.arange(first, first + text.count(b"\n")))
+        breaks = np.flatnonzero(np.frombuffer(text, dtype=np.uint8) == ord("\n"))
+        block = Block(text, np.arange(first, first + len(breaks)))
         first_block, first = first == 1, first + len(block.numbers)
-        empty = {row for row, line in enumerate(block.lines()) if not line.strip(b"\r\n")} if _may_have_empty_lines(text) else set()
+        empty = {row for row, line in enumerate(block.lines()) if not line.strip(b"\r\n")} if _may_have_empty_lines(text, breaks) else set()
         block = block.without(empty) if empty else block
         if header and first_block and _fault(block.text[: block.text.find(b"\n")]):
             raise ValueError(f"{path}: the first line is no UTF-8 text. Is this a text file, and does its name tell its compression?")
@@ -99,8 +100,10 @@ def _read(file: BinaryIO, path: Path) -> bytes:
         raise ValueError(f"{path}: cannot be read to its end, truncated or damaged ({error}).") from None
 
 
-def _may_have_empty_lines(text: bytes) -> bool:
-    return text.startswith((b"\n", b"\r\n")) or b"\n\n" in text or b"\n\r\n" in text
+def _may_have_empty_lines(text: bytes, breaks: np.ndarray) -> bool:
+    if b"\r" in text and (text.startswith(b"\r\n") or b"\n\r\n" in text):
+        return True
+    return bool((np.diff(breaks, prepend=-1) == 1).any())
 
 
 def _decodable(block: Block, path: Path, bad_rows: BadRows) -> Block:
