@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -117,14 +117,16 @@ _HOMES = {
 
 
 class _Package(ModuleType):
-    """Names are imported when they are first asked for: the command line answers help and mistakes at once, not after torch."""
+    """Names and rooms are imported when they are first asked for: the command line answers help and mistakes at once, not after torch."""
 
     def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'methods')}"), name)
-        setattr(self, name, value)
-        return value
+        if name in __all__:
+            value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'methods')}"), name)
+            setattr(self, name, value)
+            return value
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Whoever imports the room `compress` would set it here: `leanrec.compress` is the function of that name.

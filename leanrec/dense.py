@@ -114,6 +114,7 @@ def _choose(
     model: nn.Module, layers: str | Sequence[str], *, rank: int | None, ratio: float | None
 ) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
     """Path -> linear layer, of all that match and of those among them that can be factored; raises what is wrong with the request."""
+    model.state_dict()  # raises where a model says that it cannot be changed any more
     matching = _matching(model, [layers] if isinstance(layers, str) else layers)
     candidates = _candidates(matching, 1 if rank is None else rank)
     _check(model, candidates)

@@ -1,4 +1,4 @@
-"""Models made faster for look-ups: linear layers over the vectors of fields, multiplied with what the tables are made of.
+"""Models made faster for inference: linear layers over the vectors of fields, multiplied with what the tables are made of.
 
 The merging of an expansion into the layer after it is that of Yu et al., KDD 2024, arXiv 2405.18146; with the words of code books, it is how
 Jegou, Douze and Schmid, TPAMI 2011, compute inner products with coded vectors.
@@ -6,11 +6,13 @@ Jegou, Douze and Schmid, TPAMI 2011, compute inner products with coded vectors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from leanrec.methods import Table
 from leanrec.models.dcnv2 import DCNv2
@@ -21,18 +23,21 @@ from leanrec.ops import fused
 
 _WORD_COST = 4  # a word has to be fetched, a row is there: adding up a value takes as long as about so many products
 
+_MODELS = (DeepFM, DCNv2, GDCNP)
+
 
 def merge(model: nn.Module) -> nn.Module:
-    """The model for look-ups alone, in place: its first dense layer is multiplied with the code books and axes of its tables.
+    """The model for inference alone, in place: its first dense layer is multiplied with the code books and axes of its tables.
 
     A layer of H outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H
     numbers instead of D x H products; one that takes rows of R coordinates is R x H products. Answers stay the same but for rounding. The
-    model takes M x K x H x 4 bytes of memory for each field of such words. Fields of other tables, lists and numbers are multiplied as before.
+    model takes M x K x H x 4 bytes of memory for each field of such words. Fields of other tables, tables that gain nothing (M >= D / 4 or
+    R + 1 >= D), lists and numbers are multiplied as before.
 
     The model can no longer be trained, and no longer be saved or compressed: do that before.
 
     Args:
-        model: DeepFM, DCNv2 (not stacked) or GDCN-P, or a class derived from them, on a CPU and in float32.
+        model: DeepFM, DCNv2 (not stacked) or GDCN-P. The look-up kernel adds up words of float32 on a CPU; torch adds up others.
 
     Returns:
         The same model, in evaluation mode, its parameters without gradients.
@@ -40,15 +45,22 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is another one, or none of its tables can be merged.
     """
-    if not isinstance(model, DeepFM | DCNv2 | GDCNP) or (isinstance(model, DCNv2) and model.structure == "stacked"):
+    is_stacked = isinstance(model, DCNv2) and model.structure == "stacked"
+    if not isinstance(model, _MODELS) or type(model) not in _MODELS or is_stacked:  # a class derived from them may have a forward of its own
         raise ValueError(f"{type(model).__name__} has no dense layer of the vectors of fields alone. DeepFM, DCNv2 (not stacked) and GDCNP have one.")
-    layer, *rest = model.deep
+    layer = next(model.deep.children(), None)
+    if isinstance(layer, MergedLinear):
+        raise ValueError("the model is merged already.")
     if type(layer) is not nn.Linear:
-        raise ValueError(f"the first dense layer is a {type(layer).__name__}. Only an nn.Linear can be merged.")
+        raise ValueError(f"the first dense layer is {'missing' if layer is None else f'a {type(layer).__name__}'}. Only an nn.Linear can be merged.")
     merged = MergedLinear(layer, model.embedding)
     if not merged.sums and not merged.coordinates:
-        raise ValueError("nothing to merge: no table has rows of a few words (PQ, RQ, MEC, DPQ) or of a few coordinates (LowRank, SmallDim).")
-    model.set_submodule("deep", MergedMLP(merged, nn.Sequential(*rest)))
+        width = layer.in_features // len(model.embedding.fields)
+        raise ValueError(
+            f"nothing to merge: no field of ids has a table of less than {width / 4:g} code books (PQ, RQ, MEC, DPQ: num_subspaces, num_levels) "
+            f"or {width - 1} coordinates (LowRank, SmallDim)."
+        )
+    model.set_submodule("deep", MergedMLP(merged, nn.Sequential(*list(model.deep)[1:])))
     return model.eval().requires_grad_(False)
 
 
@@ -81,8 +93,9 @@ class MergedLinear(nn.Module):
         self.sums: dict[int, tuple[fused.Coded, int, int | None]] = {}
         self.coordinates: dict[int, tuple[Tensor, int | None]] = {}
         self.others: list[int] = []
-        self.bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().clone()
-        weights, weights_of_axes = [torch.empty(layer.out_features, 0)], []
+        zeros = layer.weight.new_zeros(layer.out_features)
+        self.bias = zeros if layer.bias is None else layer.bias.detach().clone()
+        weights, weights_of_axes = [zeros.new_empty(layer.out_features, 0)], []
         for place, (field, weight) in enumerate(zip(embedding.fields, layer.weight.detach().chunk(len(embedding.fields), dim=1), strict=True)):
             table = embedding.table(field) if field.kind == "categorical" else None
             if isinstance(table, Table) and (sums := _sums(table, weight)) is not None:
@@ -100,8 +113,8 @@ class MergedLinear(nn.Module):
         """What the layer makes of `vectors`, which are those of `features`: (B, F * D) -> (B, H)."""
         inputs = [vectors.unflatten(1, (len(self.names), -1))[:, self.others].flatten(1)]
         for place, (coordinates, padding) in self.coordinates.items():
-            ids = features[self.names[place]]
-            known = torch.ones(len(ids), 1) if padding is None else (ids != padding).unsqueeze(1).float()
+            ids = features[self.names[place]].long()
+            known = (ids != (-1 if padding is None else padding)).unsqueeze(1).to(coordinates.dtype)
             inputs += [F.embedding(ids, coordinates) * known, known]
         out = F.linear(torch.cat(inputs, dim=1), self.weight, self.bias)
         lookups = []
@@ -115,8 +128,16 @@ class MergedLinear(nn.Module):
         words = sum(coded.tensors[0].nbytes for coded, _, _ in self.sums.values())
         return self.weight.nbytes + self.bias.nbytes + words
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.double` and the like call."""
+        self.weight, self.bias = fn(self.weight), fn(self.bias)
+        for place, (sums, num_rows, padding) in self.sums.items():
+            self.sums[place] = (sums._replace(tensors=[fn(tensor) for tensor in sums.tensors]), num_rows, padding)
+        self.coordinates = {place: (fn(coordinates), padding) for place, (coordinates, padding) in self.coordinates.items()}
+        return self
+
     def _save_to_state_dict(self, *_: Any) -> None:
-        raise ValueError("a merged model answers look-ups and nothing else: save, compress and report a model before leanrec.merge.")
+        raise ValueError("a merged model is for inference alone: save, compress and report a model before leanrec.merge.")
 
 
 def _sums(table: Table, weight: Tensor) -> fused.Coded | None:

@@ -6,7 +6,8 @@ import pytest
 
 from leanrec.bench import Experiment, bench, cells, read_results, write_plots, write_readme
 from leanrec.bench.methods_page import methods_page
-from leanrec.bench.table import readme
+from leanrec.bench.run import opponent
+from leanrec.bench.table import core_hours, readme
 from leanrec.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -119,6 +120,23 @@ def test_the_log_is_prepared_as_the_experiment_says(suite, tmp_path):
     assert result["size"]["vocabulary"] < whole["size"]["vocabulary"]
 
 
+def test_opponents_are_models_of_the_same_test_rows(suite):
+    plain = next(result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "Full")
+    poor = {**plain, "quality": {"auc": 0.0}}
+    for options, expected in [({"min_count": 5}, plain["size"]["tables"]), ({"split_by": "time"}, None)]:
+        assert opponent(poor, [{**plain, "settings": {"prepare": options}}]) == expected
+
+
+def test_hours_count_a_training_once(suite):
+    results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["seed"] == 0]
+    assert core_hours([results[0]] * 3) < 3 * core_hours(results[:1])
+    whole, scratch = ([r for r in results if bool(r["run"]["from_scratch"]) == own] for own in (False, True))
+    trained = {(r["run"]["embedding_dim"], r["seconds"]["pretrain"]) for r in whole}
+    expected = sum(seconds for _, seconds in trained) + sum(r["seconds"]["pretrain"] for r in scratch)
+    expected += sum(r["seconds"][part] for r in results for part in ("fit", "tune", "evaluate"))
+    assert core_hours(results) == pytest.approx(expected / 3600)
+
+
 def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     paths = sorted((suite / "results" / "tiny").glob("*.json"))
     before = {path: path.read_text() for path in paths}
@@ -146,7 +164,16 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     assert f"{mean:.4f}" in next(row for row in rows if "PQ" in row)
 
 
-@pytest.mark.parametrize(("text", "message"), [('datasett = "x"', "unknown keys"), ("seeds = [0]", "no dataset"), ("dataset = [", "cannot be read")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('datasett = "x"', "unknown keys"),
+        ("seeds = [0]", "no dataset"),
+        ("dataset = [", "cannot be read"),
+        ('dataset = "x"\nprepare = 3', r"\[prepare\] 3 is unknown"),
+        ('dataset = "x"\n[prepare]\nmin_counts = 3', r"\[prepare\] min_counts is unknown. It takes .*'min_count'"),
+    ],
+)
 def test_a_bad_experiment_is_one_line(tmp_path, text, message):
     path = tmp_path / "bad.toml"
     path.write_text(text)

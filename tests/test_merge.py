@@ -10,6 +10,7 @@ from leanrec.data.schema import Field, Schema
 from leanrec.merge import MergedLinear
 from leanrec.methods import DPQ, MEC, PQ, RQ, VRQ, LowRank, Scalar, SmallDim
 from leanrec.models import build
+from leanrec.models.deepfm import DeepFM
 from leanrec.ops import fused
 
 METHODS = [
@@ -23,10 +24,10 @@ METHODS = [
 ]
 
 
-def made(method, schema, features, name="deepfm", **settings):
+def made(method, schema, features, name="deepfm"):
     """A model whose tables are compressed, and what it answers."""
     torch.manual_seed(3)
-    model = build(name, schema, embedding_dim=16, hidden_units=[12, 6], embedding_std=0.7, **settings).eval()
+    model = build(name, schema, embedding_dim=16, hidden_units=[20, 6], embedding_std=0.7).eval()
     leanrec.compress(model, method)
     with torch.no_grad():
         return model, model(features)
@@ -73,14 +74,22 @@ def test_tables_of_several_methods(schema, features):
     assert_merged(model, features, expected, num_merged=3)
 
 
-def test_a_model_of_ids_alone_and_of_32_bits():
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_model_of_ids_alone_and_of_32_bits(two_threads):
     """Nothing is left to multiply: what the perceptron takes is a sum of words."""
     schema = Schema(tuple(Field(name, "categorical", "ids", 50) for name in "abc"))  # one table, three shares of the layer
-    features = {name: torch.randint(50, (4000,), generator=torch.Generator().manual_seed(place)) for place, name in enumerate("abc")}
+    features = {name: torch.randint(50, (40_000,), generator=torch.Generator().manual_seed(place)) for place, name in enumerate("abc")}
     model, expected = made(PQ(num_subspaces=2, num_centroids=16), schema, features)
     assert_merged(model, {name: ids.int() for name, ids in features.items()}, expected, num_merged=3)
-    assert model.deep.first.weight.shape == (12, 0)
-    assert model.deep.first.nbytes == 4 * (12 + 3 * 2 * 16 * 12)
+    assert model.deep.first.weight.shape == (20, 0)
+    assert model.deep.first.nbytes == 4 * (20 + 3 * 2 * 16 * 20)
 
 
 def test_only_tables_that_gain_are_merged(schema, features):
@@ -97,12 +106,34 @@ def test_a_merged_model_can_be_copied_and_compiled(schema, features):
     torch.testing.assert_close(compiled(features), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_merged_model_is_for_look_ups_alone(schema, features):
+@pytest.mark.parametrize("method", [RQ(num_levels=2, num_centroids=8), LowRank(rank=3)], ids=lambda method: method.short())
+def test_a_merged_model_of_other_precisions_and_ids(method, schema, features, monkeypatch):
+    model, expected = made(method, schema, features)
+    leanrec.merge(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(features).float(), expected, rtol=0.1, atol=0.2)
+    torch.testing.assert_close(model({**features, "user": features["user"].to(torch.int16)}), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(copy.deepcopy(model).double()(features).float(), expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(fused, "_kernel", None)
+    monkeypatch.setattr(fused, "_said", True)
+    torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_model_is_for_inference_alone(schema, features, tmp_path):
     model, _ = made(RQ(num_levels=2, num_centroids=8), schema, features)
     leanrec.merge(model.train())
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(ValueError, match="save, compress and report a model before"):
-        model.state_dict()
+    uses = [
+        lambda: leanrec.save(model, tmp_path / "model.safetensors"),
+        lambda: leanrec.compress(model, PQ()),
+        lambda: leanrec.compress_dense(model, [features], rank=2),
+        lambda: leanrec.report(model),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="save, compress and report a model before"):
+            use()
+    with pytest.raises(ValueError, match="merged already"):
+        leanrec.merge(model)
 
 
 def test_models_that_have_nothing_to_merge_say_so(schema, features):
@@ -110,9 +141,13 @@ def test_models_that_have_nothing_to_merge_say_so(schema, features):
         leanrec.merge(build("fm", schema))
     with pytest.raises(ValueError, match="DCNv2 has no dense layer"):
         leanrec.merge(build("dcnv2", schema, structure="stacked"))
-    for method in [VRQ(), Scalar(), PQ(num_subspaces=16, num_centroids=8), LowRank(rank=15)]:
-        with pytest.raises(ValueError, match="nothing to merge: no table has rows of a few words"):
+    for method in [VRQ(), Scalar(), PQ(), LowRank(rank=15)]:
+        with pytest.raises(ValueError, match=r"nothing to merge: no field of ids has a table of less than 4 code books .* or 15 coordinates"):
             leanrec.merge(made(method, schema, features)[0])
+    with pytest.raises(ValueError, match="the first dense layer is missing"):
+        leanrec.merge(build("dcnv2", schema, hidden_units=[]))
+    with pytest.raises(ValueError, match="Own has no dense layer"):
+        leanrec.merge(type("Own", (DeepFM,), {})(schema))
     factored = leanrec.compress_dense(made(RQ(), schema, features)[0], [features], rank=2)
     with pytest.raises(ValueError, match="the first dense layer is a LowRankLinear"):
         leanrec.merge(factored)

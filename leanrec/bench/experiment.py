@@ -6,9 +6,11 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from leanrec.data.prepare import prepare
 from leanrec.methods import parse
 
 if sys.version_info >= (3, 11):
@@ -19,6 +21,7 @@ else:
 FULL, SMALLER, DENSE = "Full", "Smaller", "Dense"
 PLAIN = (FULL, SMALLER, "Scalar", "DropRare")
 """Families that a compressor has to beat: what anybody can do without it."""
+PREPARE_OPTIONS = signature(prepare).parameters.keys() - {"inputs", "out", "valid", "test", "config", "progress"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class Experiment:
         unknown = sorted(raw.keys() - known)
         if unknown or "dataset" not in raw:
             raise ValueError(f"{path}: unknown keys {unknown} or no dataset. An experiment has {sorted(known)}.")
+        options = raw.get("prepare", {})
+        wrong = [str(options)] if not isinstance(options, dict) else sorted(options.keys() - PREPARE_OPTIONS)
+        if wrong:
+            raise ValueError(f"{path}: [prepare] {', '.join(wrong)} is unknown. It takes {sorted(PREPARE_OPTIONS)}.")
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
         return cls(name=path.stem, **settings)
 

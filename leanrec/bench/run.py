@@ -251,9 +251,11 @@ def opponent(result: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) ->
     return min((other["size"]["tables"] for other in plain if other["quality"]["auc"] >= result["quality"]["auc"]), default=None)
 
 
-def _place(result: Mapping[str, Any]) -> tuple[str, str, int]:
-    run = result["run"]
-    return run["dataset"], run["backbone"], run["seed"]
+def _place(result: Mapping[str, Any]) -> tuple[str, str, str, int]:
+    """Results with the same one have the same test rows: thresholds and transforms change what a model sees of them."""
+    run, options = result["run"], result["settings"].get("prepare", {})
+    rows = {key: value for key, value in options.items() if key not in ("min_count", "max_length", "numeric")}
+    return run["dataset"], json.dumps(rows, sort_keys=True), run["backbone"], run["seed"]
 
 
 def read_suites(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -28,7 +28,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   and rows (DeLong within a seed, between-seed variance on top).
 - **tables**: bytes of all embedding tables as stored, codes, code books and scales counted; **ratio**: float32 bytes of the tables of the
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
-- **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **look-ups**: ids that the
+- **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **hours**: of one core, for
+  trainings (one that several results start from counts once), fits, tunings and predictions. **look-ups**: ids that the
   tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process; † where torch read the codes, without
   the look-up kernel and several times slower ([docs/performance.md](../docs/performance.md)). Settings are chosen on validation
   data; the test split is read once per run. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in few bits, rare rows
@@ -166,13 +167,14 @@ def _interval(results: Sequence[Result]) -> tuple[float, float, float]:
 
 
 def core_hours(results: Sequence[Result]) -> float:
-    """Hours of one core that made some results; a model that several start from was trained once."""
+    """Hours of one core that results tell of: trainings, each counted once, fits, tunings and predictions."""
     trained = {}
     seconds = 0.0
     for result in results:
         run, spent = result["run"], result["seconds"]
-        own = (run["method"], run["ratio"]) if _scratch(result) else None
-        trained[run["experiment"], run["backbone"], run["embedding_dim"], run["seed"], own] = spent["pretrain"]
+        own = (run["experiment"], run["method"], run["ratio"]) if _scratch(result) else None
+        # A model that several start from was trained for the same seconds in all of them.
+        trained[run["dataset"], run["backbone"], run["embedding_dim"], run["seed"], spent["pretrain"], own] = spent["pretrain"]
         seconds += spent["fit"] + spent["tune"] + spent["evaluate"]
     return (seconds + sum(trained.values())) / 3600
 
@@ -182,9 +184,9 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
 
     What loses more than `SHOWN_DROP`, and the wide intervals of two seeds, end at the picture's edge: they would press all else into a line.
     """
-    from cycler import cycler
     from matplotlib.colors import TABLEAU_COLORS
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     whole = [result for result in results if result["run"]["family"] == FULL]
     full = mean(whole, "quality", "auc")

@@ -124,7 +124,7 @@ def rows(coded: Coded, ids: Tensor, *, num_rows: int, padding: int | None) -> Te
     """
     skipped = -1 if padding is None else padding
     learns = coded.tensors[0].requires_grad and torch.is_grad_enabled()
-    if learns or torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.is_cpu:
+    if learns or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(ids) is not Tensor or not ids.is_cpu:
         flat = _rows(ids.reshape(-1), coded.tensors, coded.numbers, coded.layout, coded.width, num_rows, skipped)
         return flat.view(*ids.shape, coded.width)
     return _read(ids, coded, num_rows, skipped)
@@ -155,16 +155,19 @@ def add_sums(out: Tensor, lookups: Sequence[Lookup]) -> Tensor:
     Raises:
         IndexError: An id outside of its table.
     """
-    if torch.compiler.is_compiling() or not all(takes(lookup.coded, lookup.ids) and lookup.ids.is_cpu for lookup in lookups):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_plain = out.is_cpu and out.dtype == torch.float32 and out.is_contiguous()  # it is not under autocast, for one
+    if traced or not is_plain or not lookups or not all(takes(lookup.coded, lookup.ids) and lookup.ids.is_cpu for lookup in lookups):
         return _add_sums_by_torch(out, lookups)
     numbers = []
     held = []  # for as long as the kernel reads
     for (_, (codebooks, packed_codes), (num_bits,), _), ids, num_rows, padding in lookups:
         books, ids = codebooks.contiguous(), ids.contiguous() if ids.dtype in (torch.int32, torch.int64) else ids.long()
         held += [books, ids]
+        assert ids.shape == (len(out),)
         codes = [packed_codes.data_ptr(), packed_codes.numel(), num_bits, books.data_ptr(), len(books), books.shape[1]]
         numbers.append([*codes, ids.data_ptr(), int(ids.dtype == torch.int64), num_rows, -1 if padding is None else padding])
-    table = torch.tensor(numbers)
+    table = torch.tensor(numbers, device="cpu")
     bad = _kernel.add_sums(table.data_ptr(), len(numbers), len(out), out.data_ptr(), out.shape[1], torch.get_num_threads())
     if bad != _FINE:
         raise IndexError(f"an id in row {bad} is outside of its table.")
@@ -202,7 +205,7 @@ def _read(
     width, num_ids = coded.width, ids.numel()
     num_bags, first_offset = (0, 0) if offsets is None else (len(offsets) - 1, offsets.data_ptr())
     # As `torch.empty`, in two thirds of its time.
-    out = torch.empty_strided((num_ids if offsets is None else num_bags, width), (width, 1), dtype=torch.float32)
+    out = torch.empty_strided((num_ids if offsets is None else num_bags, width), (width, 1), dtype=torch.float32, device="cpu")
     first_weight = 0 if weights is None else weights.data_ptr()
     threads = torch.get_num_threads()
     call = _kernel.Call(

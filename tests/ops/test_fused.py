@@ -209,6 +209,14 @@ def test_an_exported_program_holds_the_operator_or_none_as_one_likes():
         assert "leanrec" not in torch.export.export(table, (torch.arange(5),)).graph_module.code
 
 
+def test_a_saved_program_runs_where_the_operator_was_imported(tmp_path):
+    table = make_table(PQ()).eval()
+    torch.export.save(torch.export.export(table, (torch.arange(5),)), tmp_path / "table.pt2")
+    program = f"import torch, leanrec.ops.fused; print(torch.export.load({str(tmp_path / 'table.pt2')!r}).module()(torch.arange(5)).sum().item())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(float(table(torch.arange(5)).detach().sum()), rel=1e-5)
+
+
 def test_torch_checks_the_operator():
     table = make_table(PQ())
     coded = table.coded()
