@@ -14,6 +14,7 @@ from leanrec.embeddings import (
     EmbeddingModule,
     Group,
     address,
+    check_changeable,
     like,
     listing,
     naming,
@@ -64,7 +65,7 @@ def compress(
         ValueError: A pattern matches no table, a method does not fit one, counts do not fit, or a table has what cannot be kept: a
             forward of its own, hooks, `max_norm`, `scale_grad_by_freq`, a padding row that is not zero, a weight tied to another parameter.
     """
-    model.state_dict()  # raises where a model says that it cannot be changed any more
+    check_changeable(model)
     groups = table_groups(model)
     methods = choose(model, method)
     row_counts, row_sensitivities = group_counts(groups, counts), group_sensitivities(groups, sensitivities)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from leanrec.budget import Option, spend
-from leanrec.embeddings import address, put, tables
+from leanrec.embeddings import address, check_changeable, put, tables
 from leanrec.ops.spread import Covariance
 
 _CHUNK_VALUES = 2**20
@@ -114,7 +114,7 @@ def _choose(
     model: nn.Module, layers: str | Sequence[str], *, rank: int | None, ratio: float | None
 ) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
     """Path -> linear layer, of all that match and of those among them that can be factored; raises what is wrong with the request."""
-    model.state_dict()  # raises where a model says that it cannot be changed any more
+    check_changeable(model)
     matching = _matching(model, [layers] if isinstance(layers, str) else layers)
     candidates = _candidates(matching, 1 if rank is None else rank)
     _check(model, candidates)

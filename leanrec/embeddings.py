@@ -36,6 +36,13 @@ def table_groups(model: nn.Module) -> dict[str, Group]:
     return {next(iter(group)): group for group in groups.values()}
 
 
+def check_changeable(model: nn.Module) -> None:
+    """Raise ValueError if a module of the model says, in an attribute `unchangeable`, why its tables and layers have to stay as they are."""
+    for module in model.modules():
+        if (reason := getattr(module, "unchangeable", None)) is not None:
+            raise ValueError(reason)
+
+
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
     """The model with modules set at paths, in place; a module at "" takes the place of the model itself."""
     for path, module in modules.items():

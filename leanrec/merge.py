@@ -87,6 +87,8 @@ class MergedLinear(nn.Module):
         bias: (H,).
     """
 
+    unchangeable = "a merged model is for inference alone: save, compress and report a model before leanrec.merge."
+
     def __init__(self, layer: nn.Linear, embedding: FieldEmbedding) -> None:
         super().__init__()
         self.names = [field.name for field in embedding.fields]
@@ -137,7 +139,7 @@ class MergedLinear(nn.Module):
         return self
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        raise ValueError("a merged model is for inference alone: save, compress and report a model before leanrec.merge.")
+        raise ValueError(self.unchangeable)
 
 
 def _sums(table: Table, weight: Tensor) -> fused.Coded | None:

@@ -1,13 +1,15 @@
 import json
+import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from leanrec.bench import Experiment, bench, cells, read_results, write_plots, write_readme
 from leanrec.bench.methods_page import methods_page
 from leanrec.bench.run import opponent
-from leanrec.bench.table import core_hours, readme
+from leanrec.bench.table import core_hours, difference, readme
 from leanrec.methods import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -162,6 +164,20 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
     mean = sum(result["quality"]["auc"] for result in results) / 2
     assert f"{mean:.4f}" in next(row for row in rows if "PQ" in row)
+
+
+def test_the_picture_shows_each_method_at_its_difference_with_its_interval(suite, monkeypatch):
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    write_plots(suite)
+    drawn = next(each for each in figures[0].axes[0].containers if each.get_label() == "PQ")
+    results = read_results(suite / "results" / "tiny")
+    of_pq = [result for result in results if result["run"]["family"] == "PQ"]
+    full = fmean(result["quality"]["auc"] for result in results if result["run"]["family"] == "Full")
+    value, low, high = (full + float(text) for text in re.findall(r"[+-]\d+\.\d+", difference(of_pq)))
+    assert drawn.lines[0].get_xydata()[0] == pytest.approx([fmean(result["size"]["tables"] for result in of_pq), value], abs=1e-4)
+    assert drawn.lines[2][0].get_segments()[0][:, 1] == pytest.approx([low, high], abs=1e-4)
 
 
 @pytest.mark.parametrize(

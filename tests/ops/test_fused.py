@@ -217,6 +217,16 @@ def test_a_saved_program_runs_where_the_operator_was_imported(tmp_path):
     assert float(done.stdout) == pytest.approx(float(table(torch.arange(5)).detach().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", [RQ(num_levels=2, num_centroids=8), VRQ(), Scalar()], ids=repr)
+def test_a_traced_table_reads_the_ids_that_it_is_given_later(method):
+    table = make_table(method)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(table, (torch.arange(7),))
+        torch.testing.assert_close(traced(torch.arange(90, 101)), table(torch.arange(90, 101)))
+
+
 def test_torch_checks_the_operator():
     table = make_table(PQ())
     coded = table.coded()
