@@ -145,9 +145,11 @@ class MergedLinear(nn.Module):
 def _sums(table: Table, weight: Tensor) -> fused.Coded | None:
     """What a layer's weight (H, D) makes of a table, as sums of words; None where rows are no words, or so many that nothing is gained."""
     coded = table.coded()
-    if coded is None or coded.layout not in ("concat", "sum"):
+    if coded is None or coded.layout not in ("concat", "sum", "byte_sum"):
         return None
-    books, packed_codes = coded.tensors
+    books, packed_codes, *words = coded.tensors
+    if words:
+        books = words[0] * books  # whole numbers times their scales
     if _WORD_COST * len(books) >= coded.width:
         return None
     by_book = weight.T.unflatten(0, (len(books), -1)) if coded.layout == "concat" else weight.T

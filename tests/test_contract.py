@@ -20,14 +20,14 @@ SHAPES = [(1, 8), (2, 4), (10, 16), (37, 1), (129, 12)]
 KNOWN_GAPS = {
     ("Scalar", "test_gradients_reach_every_parameter"): "codes and scales are frozen: it compresses trained tables and cannot be trained itself",
 }
+OTHER_FORMS = ["RQ(word_bits=8)"]  # settings with which a method stores other tensors
 
 
 def promise(test):
     """Runs a test for every method, and expects it to fail where KNOWN_GAPS says so."""
     marks = {name: [pytest.mark.xfail(strict=True, reason=reason)] for (name, gap), reason in KNOWN_GAPS.items() if gap == test.__name__}
-    return pytest.mark.parametrize("method", [pytest.param(quick(kind()), id=name, marks=marks.get(name, [])) for name, kind in METHODS.items()])(
-        test
-    )
+    methods = [(name, kind()) for name, kind in METHODS.items()] + [(text, parse(text)) for text in OTHER_FORMS]
+    return pytest.mark.parametrize("method", [pytest.param(quick(method), id=name, marks=marks.get(name, [])) for name, method in methods])(test)
 
 
 def quick(method):

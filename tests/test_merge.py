@@ -17,6 +17,7 @@ METHODS = [
     PQ(num_subspaces=2, num_centroids=8),
     PQ(num_subspaces=1, num_centroids=5),  # codes of 3 bits, of which three stand for nothing
     RQ(num_levels=3, num_centroids=16),
+    RQ(num_levels=3, num_centroids=16, word_bits=8),
     MEC(num_subspaces=2, num_centroids=8, num_steps=2),
     DPQ(num_subspaces=2, num_centroids=8),
     LowRank(rank=3),

@@ -27,11 +27,12 @@ from leanrec.ops import fused
 BATCH = 65_536
 COLUMNS = 64
 BATCHES = 16  # different ones, so that no cache learns them
+_BOOKS = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "rq_bytes": RQ(num_levels=5, word_bits=8)}
 _WORDS = "a word of a code book is read for each code of a row, from the second-level cache, where a float32 row is copied once"
 _PYTHON = "Python takes this time to find the tensors and ask for the output, not the kernel; nn.Embedding, called as a module is too, is beside it"
 _BESIDE = ("torch", "nn.Embedding", "dense part", "embedding after the other", "kernel after the other")  # shown where they were measured
 _NOTES = {
-    **{f"lookup_one_row_{name}": _PYTHON for name in ("pq", "rq", "vrq", "int8")},
+    **{f"lookup_one_row_{name}": _PYTHON for name in ("pq", "rq", "rq_bytes", "vrq", "int8")},
     **{f"lookup_{size}_{name}": _WORDS for size in ("small", "large") for name in ("rq", "vrq")},
 }
 
@@ -51,13 +52,13 @@ def main() -> None:
 
 def large() -> None:
     """A table of 5 GB against about 50 times smaller ones."""
-    methods = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "vrq": VRQ(codes_per_1000_rows=6800, num_levels=16)}
+    methods = {**_BOOKS, "vrq": VRQ(codes_per_1000_rows=6800, num_levels=16)}
     _compare("lookup_large", 20_000_000, methods, bar=4, repeats=15)
 
 
 def small() -> None:
     """A table that fits the cache."""
-    methods = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "vrq": VRQ(codes_per_1000_rows=4000, num_levels=16), "int8": Scalar()}
+    methods = {**_BOOKS, "vrq": VRQ(codes_per_1000_rows=4000, num_levels=16), "int8": Scalar()}
     _compare("lookup_small", 10_000, methods, bar=1, repeats=30)
 
 
@@ -65,7 +66,9 @@ def one_row() -> None:
     """The latency of a single id, as a module is called."""
     rows = 1_000_000
     full = _full(rows)
-    tables = {name: _table(method, rows) for name, method in {"pq": PQ(), "rq": RQ(), "vrq": VRQ(), "int8": Scalar()}.items()}
+    tables = {
+        name: _table(method, rows) for name, method in {"pq": PQ(), "rq": RQ(), "rq_bytes": RQ(word_bits=8), "vrq": VRQ(), "int8": Scalar()}.items()
+    }
     ids = [torch.randint(rows, (1,), generator=_seeded(1)) for _ in range(1000)]
     jobs = {"embedding": _each(lambda each: F.embedding(each, full), ids), "nn.Embedding": _each(nn.Embedding.from_pretrained(full), ids)}
     medians = record.median_seconds(jobs | {name: _each(table, ids) for name, table in tables.items()}, repeats=41)
@@ -91,14 +94,19 @@ def deepfm() -> None:
     )
     full = build("deepfm", schema, embedding_dim=columns).eval()
     batches = [{f"c{number}": _zipf(rows, batch, seed=number + 100 * turn) for number in range(26)} for turn in range(BATCHES)]
-    methods = {"pq": PQ(num_subspaces=2), "rq": RQ(num_levels=2), "vrq": VRQ(codes_per_1000_rows=3200, num_levels=16)}
+    methods = {
+        "pq": PQ(num_subspaces=2),
+        "rq": RQ(num_levels=2),
+        "rq_bytes": RQ(num_levels=2, word_bits=8),
+        "vrq": VRQ(codes_per_1000_rows=3200, num_levels=16),
+    }
     jobs: dict[str, Callable[[], Any]] = {"full": _next(full, batches)}
     notes = {}
     for name, method in methods.items():
         model = build("deepfm", schema, embedding_dim=columns).eval()
         model.embedding.tables = nn.ModuleDict({key: _table(method, rows, columns=columns, padding=0) for key in model.embedding.tables})
         jobs[name] = _next(model, batches)
-        if name != "vrq":  # whose rows are of too many words
+        if name in ("pq", "rq"):  # rows of `vrq` are of too many words, and those of `rq_bytes`, multiplied, are what `rq` has
             merged = merge(copy.deepcopy(model))
             jobs[f"{name}_merged"] = _next(merged, batches)
             notes[f"{name}_merged"] = f"`leanrec.merge`, which takes {merged.deep.first.nbytes / 1e6:.1f} MB of memory"

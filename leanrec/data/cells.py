@@ -96,7 +96,7 @@ def _buckets_of_text(text: pl.Series) -> pl.Series:
     """Text of the bucket of each number that is text. Counts repeat: each different text is read once."""
     encoded = text.to_arrow().dictionary_encode(null_encoding="encode")
     distinct = pl.Series(pa.chunked_array([encoded.dictionary]), dtype=pl.String)
-    return _bucket_texts(_numbers(distinct)).gather(encoded.indices.to_numpy(zero_copy_only=False))
+    return _bucket_texts(_numbers(distinct)).gather(pl.Series(encoded.indices))
 
 
 _FIRST_LARGE = 3  # place of the first bucket of numbers above 2, as what lies up to there has places up to 2

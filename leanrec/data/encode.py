@@ -110,11 +110,15 @@ def _path(column: Column | Field) -> str:
 def _encode(field: Field, cells: pa.Array, vocabularies: Mapping[str, Vocabulary]) -> pa.Array:
     if field.vocabulary is None:
         assert field.transform is not None
-        numbers = cells.to_numpy(zero_copy_only=False)  # null -> NaN
-        return pa.array(((numbers - field.transform["mean"]) / field.transform["std"]).astype(np.float32))
+        numbers = pl.Series(cells).to_numpy()  # null -> NaN
+        return _arrow(((numbers - field.transform["mean"]) / field.transform["std"]).astype(np.float32))
     vocabulary = vocabularies[field.vocabulary]
     if not field.is_list:
-        return pa.array(vocabulary.ids(cells))
-    ends = np.cumsum(cells.value_lengths().to_numpy(), dtype=np.int32)
+        return _arrow(vocabulary.ids(cells))
+    ends = np.cumsum(pl.Series(cells.value_lengths()).to_numpy(), dtype=np.int32)
     offsets = np.concatenate([np.zeros(1, dtype=np.int32), ends])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vocabulary.ids(cells.flatten())))
+    return pa.ListArray.from_arrays(_arrow(offsets), _arrow(vocabulary.ids(cells.flatten())))
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    return pl.Series(values).to_arrow()  # pyarrow's own way imports pandas, where there is one, which takes as long as 30,000 rows

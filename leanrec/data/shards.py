@@ -52,7 +52,7 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and (self._pending_rows or not self._row_groups):
-            self._write_row_group(pa.concat_tables([self.schema.empty_table(), *self._pending]))
+            self._write_row_group(pa.concat_tables(self._pending) if self._pending_rows else self.schema.empty_table())
         if self._shard is not None:
             self._shard.close()
 

@@ -44,7 +44,7 @@ class Vocabulary:
         Only the distinct values of a batch are searched for: in the sorted hashes of the vocabulary, in their own order, so that neighbours find
         each other's memory in the cache. Exact: a value counts as found where the text is the same, and no two of the vocabulary share a hash.
         """
-        indices = values.indices.to_numpy(zero_copy_only=False)
+        indices = pl.Series(values.indices).to_numpy()
         if not len(self._values):
             return np.full(len(indices), UNKNOWN_ID, dtype=np.int32)
         distinct = pl.Series(pa.chunked_array([values.dictionary]), dtype=pl.String)
@@ -103,7 +103,7 @@ def _first_bytes(texts: pl.Series) -> np.ndarray:
 
 def count_piece(values: pa.DictionaryArray) -> pl.DataFrame:
     """`value` and `count` of one piece of a column."""
-    counts = np.bincount(values.indices.to_numpy(zero_copy_only=False), minlength=len(values.dictionary))
+    counts = np.bincount(pl.Series(values.indices).to_numpy(), minlength=len(values.dictionary))
     table = pl.DataFrame({"value": pl.Series(pa.chunked_array([values.dictionary]), dtype=pl.String), "count": counts.astype(np.int64)})
     return table if counts.all() else table.filter(pl.col("count") > 0)
 

@@ -18,7 +18,7 @@ _LEVEL_ITERS = 10
 
 
 def sum_words(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """The vectors that codes stand for: (N, L) int64, (L, K, D) -> (N, D)."""
+    """The vectors that codes stand for: (N, L) int64, (L, K, D) -> (N, D), int64 where code words are whole numbers."""
     num_levels, num_centroids, width = codebooks.shape
     first_words = torch.arange(0, num_levels * num_centroids, num_centroids, device=codes.device)
     return F.embedding(codes + first_words, codebooks.view(-1, width)).sum(1)  # (N, L, D) -> (N, D)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanrec.ops.additive import sum_words
 from leanrec.ops.packing import unpack_rows
 
 _kernel: Any
@@ -33,7 +34,7 @@ class Coded(NamedTuple):
     """A table in a layout that the kernel reads.
 
     Attributes:
-        layout: "concat", "sum", "levels" or "scaled".
+        layout: "concat", "sum", "byte_sum", "levels" or "scaled".
         tensors: What is read, the one with the values, and a gradient where there is one, first.
         numbers: Sizes that the tensors do not tell.
         width: D, columns of a row.
@@ -62,6 +63,11 @@ def concat(packed_codes: Tensor, codebooks: Tensor, num_bits: int, width: int) -
 def sums(packed_codes: Tensor, codebooks: Tensor, num_bits: int, width: int) -> Coded:
     """Rows that are the sum of one word of each of L code books: (bytes,) uint8, (L, K, D) float32."""
     return Coded("sum", [codebooks, packed_codes], [num_bits], width)
+
+
+def byte_sums(packed_codes: Tensor, words: Tensor, scales: Tensor, num_bits: int) -> Coded:
+    """As `sums`, of whole numbers, times a scale for each column: (bytes,) uint8, (L, K, D) int8, (D,) float32."""
+    return Coded("byte_sum", [scales, packed_codes, words], [num_bits], len(scales))
 
 
 def levels(
@@ -232,6 +238,13 @@ def _call_books(name: str) -> Any:
     return call
 
 
+def _call_byte_sums(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+    scales, packed_codes, words = tensors
+    num_books, num_words, _ = words.shape
+    place, nbytes = packed_codes.data_ptr(), packed_codes.numel()
+    return _kernel.byte_sum(call, place, nbytes, numbers[0], words.data_ptr(), num_books, num_words, scales.data_ptr())
+
+
 def _call_levels(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
     mean, packed_codes, borders, packed_words, scales, *ranks = tensors
     place, nbytes = (ranks[0].data_ptr(), ranks[0].numel()) if ranks else (0, 0)
@@ -257,7 +270,7 @@ def _call_scaled(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
     return _kernel.scaled(call, packed_codes.data_ptr(), numbers[0], scales.data_ptr(), numbers[1], scales.shape[1])
 
 
-_CALLS = {"concat": _call_books("concat"), "sum": _call_books("sum"), "levels": _call_levels, "scaled": _call_scaled}
+_CALLS = {"concat": _call_books("concat"), "sum": _call_books("sum"), "byte_sum": _call_byte_sums, "levels": _call_levels, "scaled": _call_scaled}
 
 
 @torch.library.custom_op("leanrec::rows", mutates_args=())
@@ -280,6 +293,9 @@ def _rows_gradient(grad: Tensor, ids: Tensor, tensors: list[Tensor], numbers: li
     ids, grad = ids.long(), grad.contiguous()
     if layout == "levels":
         return grad.masked_fill((ids == padding).unsqueeze(1), 0.0).sum(0)
+    if layout == "byte_sum":
+        codes = unpack_rows(packed_codes, ids, len(tensors[2]), numbers[0])
+        return (grad * sum_words(codes, tensors[2])).masked_fill((ids == padding).unsqueeze(1), 0.0).sum(0)
     out = torch.zeros_like(values, memory_format=torch.contiguous_format)
     num_books, num_words, width = values.shape
     if not ids.is_cpu:

@@ -24,10 +24,13 @@ def rows(ids: Tensor, tensors: list[Tensor], numbers: list[int], layout: str, wi
     grid = (triton.cdiv(len(ids), _IDS), triton.cdiv(width, _COLUMNS))
     common: dict[str, Any] = {"num_ids": len(ids), "width": width, "num_rows": num_rows, "padding": padding, "IDS": _IDS, "COLUMNS": _COLUMNS}
     first, packed, *others = tensors
-    if layout in ("concat", "sum"):
+    if layout == "concat":
         num_books, num_words, part = first.shape
-        kernel = _concat if layout == "concat" else _sum
-        kernel[grid](ids, out, packed, packed.numel(), numbers[0], first, num_books, num_words, part, **common)
+        _concat[grid](ids, out, packed, packed.numel(), numbers[0], first, num_books, num_words, part, **common)
+    elif layout in ("sum", "byte_sum"):
+        books = others[0] if others else first
+        num_books, num_words, _ = books.shape
+        _sum[grid](ids, out, packed, packed.numel(), numbers[0], books, num_books, num_words, first, SCALED=bool(others), **common)
     elif layout == "levels":
         borders, words, scales, *ranks = others
         place = ranks[0] if ranks else packed
@@ -75,13 +78,16 @@ def _concat(
 
 @triton.jit(debug=True)
 def _sum(
-    ids, out, packed, nbytes, num_bits, books, num_books, num_words, part, num_ids, width, num_rows, padding, IDS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    ids, out, packed, nbytes, num_bits, books, num_books, num_words, scales, num_ids, width, num_rows, padding,
+    SCALED: tl.constexpr, IDS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     row, columns, inside, target = _block(ids, num_ids, width, num_rows, IDS, COLUMNS)
     values = tl.zeros((IDS, COLUMNS), tl.float32)
     for book in range(num_books):
         code = tl.minimum(_code(packed, nbytes, row * num_books + book, num_bits, row >= 0), num_words - 1)
-        values += tl.load(books + (book * num_words + code)[:, None] * width + columns[None, :], mask=inside, other=0.0)
+        values += tl.load(books + (book * num_words + code)[:, None] * width + columns[None, :], mask=inside, other=0).to(tl.float32)
+    if SCALED:
+        values *= tl.load(scales + columns, mask=columns < width, other=0.0)[None, :]
     tl.store(out + target, tl.where((row == padding)[:, None], 0.0, values), mask=inside)
 
 

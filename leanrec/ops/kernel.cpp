@@ -100,6 +100,38 @@ INLINE Eight pick(Eight first, Eight second) {
 INLINE Eight& eight(float* values) { return *reinterpret_cast<Eight*>(values); }
 INLINE const Eight& eight(const float* values) { return *reinterpret_cast<const Eight*>(values); }
 
+// What four sums have in places i and i + 4 side by side, for i = 0 to 3.
+INLINE void pick_fours(const Eight* sums, Eight* fours) {
+    const Eight low01 = pick<0, 8, 1, 9, 4, 12, 5, 13>(sums[0], sums[1]), high01 = pick<2, 10, 3, 11, 6, 14, 7, 15>(sums[0], sums[1]);
+    const Eight low23 = pick<0, 8, 1, 9, 4, 12, 5, 13>(sums[2], sums[3]), high23 = pick<2, 10, 3, 11, 6, 14, 7, 15>(sums[2], sums[3]);
+    fours[0] = pick<0, 1, 8, 9, 4, 5, 12, 13>(low01, low23);
+    fours[1] = pick<2, 3, 10, 11, 6, 7, 14, 15>(low01, low23);
+    fours[2] = pick<0, 1, 8, 9, 4, 5, 12, 13>(high01, high23);
+    fours[3] = pick<2, 3, 10, 11, 6, 7, 14, 15>(high01, high23);
+}
+
+// From sums of every fourth column, the first of them in sums[0], to columns in their order.
+INLINE void side_by_side(const Eight (&sums)[4], Eight (&columns)[4]) {
+    Eight fours[4];
+    pick_fours(sums, fours);
+    columns[0] = pick<0, 1, 2, 3, 8, 9, 10, 11>(fours[0], fours[1]);
+    columns[1] = pick<0, 1, 2, 3, 8, 9, 10, 11>(fours[2], fours[3]);
+    columns[2] = pick<4, 5, 6, 7, 12, 13, 14, 15>(fours[0], fours[1]);
+    columns[3] = pick<4, 5, 6, 7, 12, 13, 14, 15>(fours[2], fours[3]);
+}
+
+// The same for sums of every eighth column.
+INLINE void side_by_side(const Eight (&sums)[8], Eight (&columns)[8]) {
+    Eight first[4], second[4];
+    pick_fours(sums, first);
+    pick_fours(sums + 4, second);
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+        columns[part] = pick<0, 1, 2, 3, 8, 9, 10, 11>(first[part], second[part]);
+        columns[part + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(first[part], second[part]);
+    }
+}
+
 // out = or += factor * word.
 template <bool Add>
 INLINE void put(float* out, const float* word, float factor, int64_t width) {
@@ -141,9 +173,10 @@ INLINE void put_sum(float* out, const float* const* words, int64_t num_words, fl
 }
 
 // Rows that have a word of each of some code books.
+template <class Value>
 struct Books {
     Codes codes;
-    const float* books;  // (M, K, width)
+    const Value* books;  // (M, K, width)
     int64_t num_books, num_words, width;
 
     INLINE void prefetch(int64_t row) const { codes.prefetch(row * num_books, num_books); }
@@ -152,7 +185,7 @@ struct Books {
     INLINE bool are_bytes() const { return codes.bits == 8 && num_words == 256; }
 
     template <bool Bytes>
-    INLINE const float* word(int64_t row, int64_t book, int64_t columns) const {
+    INLINE const Value* word(int64_t row, int64_t book, int64_t columns) const {
         const int64_t place = row * num_books + book;
         if (Bytes) return books + (book * 256 + codes.bytes[place]) * columns;
         return books + (book * num_words + std::min<int64_t>(codes.at(place), num_words - 1)) * columns;
@@ -160,7 +193,7 @@ struct Books {
 };
 
 // A row is one word of each of M code books side by side.
-struct Concat : Books {
+struct Concat : Books<float> {
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
         // Where the compiler knows the width, a word is a few instructions without a loop.
@@ -178,7 +211,7 @@ struct Concat : Books {
 };
 
 // A row is the sum of one word of each of L code books.
-struct Sum : Books {
+struct Sum : Books<float> {
     template <bool Add>
     INLINE void read(int64_t row, float factor, float* out) const {
         const float* words[kMaxLevels];
@@ -186,6 +219,61 @@ struct Sum : Books {
         for (int64_t book = 0; book < num_books; ++book) words[book] = bytes ? word<true>(row, book, width) : word<false>(row, book, width);
         put_sum<Add>(out, words, num_books, factor, width);
     }
+};
+
+// A row is the sum of one word of whole numbers of each of L code books, times a scale for each column.
+struct ByteSum : Books<int8_t> {
+    const float* scales;
+
+    template <bool Add>
+    INLINE void read(int64_t row, float factor, float* out) const {
+        const int8_t* words[kMaxLevels];
+        const bool bytes = are_bytes();
+        for (int64_t book = 0; book < num_books; ++book) words[book] = bytes ? word<true>(row, book, width) : word<false>(row, book, width);
+        int64_t column = put_pairs<Add, 2>(words, factor, out, 0);
+        column = put_pairs<Add, 1>(words, factor, out, column);
+        for (; column < width; ++column) {
+            int32_t sum = 0;
+            for (int64_t book = 0; book < num_books; ++book) sum += words[book][column];
+            out[column] = (Add ? out[column] : 0) + factor * (scales[column] * float(sum));
+        }
+    }
+
+    // Tiles * 32 columns at a time, two of which are one number of 16 bits, so that nothing is widened before it is summed; returns where it ended.
+    template <bool Add, int Tiles>
+    INLINE int64_t put_pairs(const int8_t* const* words, float factor, float* out, int64_t column) const {
+        for (; column + 32 * Tiles <= width; column += 32 * Tiles) {
+            Numbers<uint16_t, 32> both[Tiles] = {};   // first + 256 * second, the sums of two columns, but for what is beyond 16 bits
+            Numbers<int16_t, 32> second[Tiles] = {};  // 32 words do not fill 16 bits
+            for (int64_t book = 0; book < num_books; ++book) {
+#pragma GCC unroll 2
+                for (int tile = 0; tile < Tiles; ++tile) {
+                    Numbers<int16_t, 32> pairs;
+                    std::memcpy(&pairs, words[book] + column + 32 * tile, 32);
+                    pairs ^= 128;  // adds 128 to the first, which is not negative then and takes nothing from the second
+                    both[tile] += Numbers<uint16_t, 32>(pairs);
+                    second[tile] += pairs >> 8;
+                }
+            }
+#pragma GCC unroll 2
+            for (int tile = 0; tile < Tiles; ++tile) {
+                const auto first = both[tile] - (Numbers<uint16_t, 32>(second[tile]) << 8) - uint16_t(128 * num_books);
+                const auto even = Numbers<int32_t, 32>(first), odd = Numbers<int32_t, 32>(second[tile]);
+                const Eight sums[4] = {as_floats(even << 16 >> 16), as_floats(odd << 16 >> 16), as_floats(even >> 16), as_floats(odd >> 16)};
+                Eight columns[4];
+                side_by_side(sums, columns);
+#pragma GCC unroll 4
+                for (int part = 0; part < 4; ++part) {
+                    const int64_t place = column + 32 * tile + 8 * part;
+                    const Eight row = factor * (eight(scales + place) * columns[part]);
+                    eight(out + place) = Add ? eight(out + place) + row : row;
+                }
+            }
+        }
+        return column;
+    }
+
+    static INLINE Eight as_floats(Numbers<int32_t, 32> numbers) { return __builtin_convertvector(numbers, Numbers<float, 32>); }
 };
 
 // A row is the mean and one word of each level that it has; words are rounded to 4 bits, with a scale each.
@@ -284,38 +372,6 @@ struct Levels {
             const Eight row = factor * eight(mean + column + 8 * part) + lowest + columns[part];
             eight(out + 8 * part) = Add ? eight(out + 8 * part) + row : row;
         }
-    }
-
-    // From sums of every fourth column, the first of them in sums[0], to columns in their order.
-    static INLINE void side_by_side(const Eight (&sums)[4], Eight (&columns)[4]) {
-        Eight fours[4];
-        pick_fours(sums, fours);
-        columns[0] = pick<0, 1, 2, 3, 8, 9, 10, 11>(fours[0], fours[1]);
-        columns[1] = pick<0, 1, 2, 3, 8, 9, 10, 11>(fours[2], fours[3]);
-        columns[2] = pick<4, 5, 6, 7, 12, 13, 14, 15>(fours[0], fours[1]);
-        columns[3] = pick<4, 5, 6, 7, 12, 13, 14, 15>(fours[2], fours[3]);
-    }
-
-    // The same for sums of every eighth column.
-    static INLINE void side_by_side(const Eight (&sums)[8], Eight (&columns)[8]) {
-        Eight first[4], second[4];
-        pick_fours(sums, first);
-        pick_fours(sums + 4, second);
-#pragma GCC unroll 4
-        for (int part = 0; part < 4; ++part) {
-            columns[part] = pick<0, 1, 2, 3, 8, 9, 10, 11>(first[part], second[part]);
-            columns[part + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(first[part], second[part]);
-        }
-    }
-
-    // What four sums have in places i and i + 4 side by side, for i = 0 to 3.
-    static INLINE void pick_fours(const Eight* sums, Eight* fours) {
-        const Eight low01 = pick<0, 8, 1, 9, 4, 12, 5, 13>(sums[0], sums[1]), high01 = pick<2, 10, 3, 11, 6, 14, 7, 15>(sums[0], sums[1]);
-        const Eight low23 = pick<0, 8, 1, 9, 4, 12, 5, 13>(sums[2], sums[3]), high23 = pick<2, 10, 3, 11, 6, 14, 7, 15>(sums[2], sums[3]);
-        fours[0] = pick<0, 1, 8, 9, 4, 5, 12, 13>(low01, low23);
-        fours[1] = pick<2, 3, 10, 11, 6, 7, 14, 15>(low01, low23);
-        fours[2] = pick<0, 1, 8, 9, 4, 5, 12, 13>(high01, high23);
-        fours[3] = pick<2, 3, 10, 11, 6, 7, 14, 15>(high01, high23);
     }
 
     static INLINE void add_packed(float* __restrict out, const uint8_t* __restrict word, float factor, int64_t num_pairs) {
@@ -436,6 +492,7 @@ INLINE int64_t read_part(const Call& given, const Reader& shared, int64_t begin,
 // One instance for each instruction set; what is inlined into it is compiled for that set.
 FOR_EACH_CPU int64_t part(const Call& call, const Concat& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
 FOR_EACH_CPU int64_t part(const Call& call, const Sum& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
+FOR_EACH_CPU int64_t part(const Call& call, const ByteSum& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
 FOR_EACH_CPU int64_t part(const Call& call, const Levels& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
 FOR_EACH_CPU int64_t part(const Call& call, const Scaled<8>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
 FOR_EACH_CPU int64_t part(const Call& call, const Scaled<4>& reader, int64_t begin, int64_t end) { return read_part(call, reader, begin, end); }
@@ -500,7 +557,7 @@ FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t pad
 
 // Where the ids of a batch are looked up in one of several tables whose rows are sums of words.
 struct Lookup {
-    Books books;
+    Books<float> books;
     uintptr_t ids;
     bool long_ids;
     int64_t num_rows, padding;
@@ -554,6 +611,10 @@ NB_MODULE(_kernel, m) {
     m.def("sum", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
         nb::gil_scoped_release release;
         return run(call, Sum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width}});
+    });
+    m.def("byte_sum", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words, uintptr_t scales) {
+        nb::gil_scoped_release release;
+        return run(call, ByteSum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const int8_t*>(books), num_books, num_words, call.width}, at<const float*>(scales)});
     });
     m.def("levels", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t ranks, int64_t ranks_nbytes, int64_t rank_bits,
                        uintptr_t mean, uintptr_t borders, int64_t num_levels, uintptr_t words, uintptr_t scales, int64_t num_words) {

@@ -97,3 +97,32 @@ def test_bytes_follow_the_formula():
 def test_settings_out_of_range_are_errors(setting, message):
     with pytest.raises(ValueError, match=message):
         RQ(**setting).build(1000, 16)
+
+
+def test_words_of_8_bits_take_a_quarter_and_lose_next_to_nothing():
+    weight = make_weight(5000, 16)
+    wide, narrow = (RQ(word_bits=bits).build(5000, 16).fit(weight) for bits in (32, 8))
+    assert narrow.words.nbytes * 4 == wide.codebooks.nbytes
+    assert squared_error(narrow.decode(), weight) < 1.02 * squared_error(wide.decode(), weight)
+
+
+@torch.no_grad()
+def test_each_column_has_steps_of_its_own_size():
+    table = RQ(word_bits=8).build(1000, 16)
+    codebooks = torch.randn(4, 256, 16, generator=seeded(2)) * torch.logspace(0, -6, 16)
+    table.set_books(codebooks)
+    steps = codebooks.abs().amax((0, 1)) / 127
+    assert ((table.books() - codebooks).abs() <= 0.501 * steps).all()
+
+
+def test_a_row_of_words_of_8_bits_is_their_sum_times_the_scales():
+    table = RQ(num_levels=32, num_centroids=20, word_bits=8).build(200, 5).fit(make_weight(200, 5))
+    table.words[:, :, 0] = -128  # the sum that comes closest to what 16 bits hold
+    codes = table.codes()
+    expected = sum(table.words[level][codes[:, level]].double() for level in range(32)) * table.scales.detach().double()
+    torch.testing.assert_close(table.decode().double(), expected, rtol=1e-6, atol=0)
+
+
+def test_other_numbers_of_bits_are_an_error():
+    with pytest.raises(ValueError, match="word_bits=4"):
+        RQ(word_bits=4).build(100, 8)

@@ -20,6 +20,7 @@ TABLES = [
     PQ(num_subspaces=2, num_centroids=100),  # 7 bits, of which 28 stand for nothing
     MEC(num_steps=2),
     *(RQ(num_levels=levels, num_centroids=centroids) for levels, centroids in [(1, 256), (5, 32), (8, 2), (32, 20), (3, 600)]),
+    *(RQ(num_levels=levels, num_centroids=centroids, word_bits=8) for levels, centroids in [(1, 256), (5, 32), (32, 256)]),
     VRQ(),
     VRQ(codes_per_1000_rows=2500, num_levels=16, num_centroids=16),
     VRQ(codes_per_1000_rows=1, num_levels=1),
@@ -76,7 +77,7 @@ def test_rows_are_those_of_plain_torch(method, num_ids):
 
 
 @pytest.mark.parametrize("num_ids", [50, 1000])
-@pytest.mark.parametrize("method", [PQ(num_subspaces=1), RQ(), VRQ(codes_per_1000_rows=3000, num_levels=8), Scalar()], ids=repr)
+@pytest.mark.parametrize("method", [PQ(num_subspaces=1), RQ(), RQ(word_bits=8), VRQ(codes_per_1000_rows=3000, num_levels=8), Scalar()], ids=repr)
 @pytest.mark.parametrize("columns", [2, 4, 10, 17, 32, 33, 64, 66, 100, 130])
 def test_any_number_of_columns(method, columns, num_ids):
     table = make_table(method, columns=columns)
@@ -122,7 +123,7 @@ def test_an_id_outside_the_table_is_an_error_in_every_thread(method, wrong, num_
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("method", [PQ(num_subspaces=4, num_centroids=200), RQ(num_levels=3), VRQ()], ids=repr)
+@pytest.mark.parametrize("method", [PQ(num_subspaces=4, num_centroids=200), RQ(num_levels=3), RQ(word_bits=8), VRQ()], ids=repr)
 @pytest.mark.parametrize("padding", [None, 3])
 def test_gradients_are_those_of_plain_torch(method, padding):
     table = make_table(method)
@@ -137,7 +138,7 @@ def test_gradients_are_those_of_plain_torch(method, padding):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", [PQ(), RQ(), VRQ(), Scalar(num_bits=4)], ids=repr)
+@pytest.mark.parametrize("method", [PQ(), RQ(), RQ(word_bits=8), VRQ(), Scalar(num_bits=4)], ids=repr)
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding", [None, 3])
 @pytest.mark.parametrize("last", [False, True])
@@ -186,7 +187,7 @@ def test_borders_of_a_damaged_file_are_an_error(borders):
         table(torch.arange(5))
 
 
-@pytest.mark.parametrize("method", [PQ(), RQ(), VRQ(), Scalar()], ids=repr)
+@pytest.mark.parametrize("method", [PQ(), RQ(), RQ(word_bits=8), VRQ(), Scalar()], ids=repr)
 def test_other_precisions_go_by_torch(method):
     assert not kernel_reads(make_table(method).bfloat16())
 

@@ -17,6 +17,7 @@ TABLES = [
     PQ(num_subspaces=24, num_centroids=300),
     RQ(num_levels=5, num_centroids=32),
     RQ(num_levels=2, num_centroids=300),
+    RQ(num_levels=5, num_centroids=32, word_bits=8),
     VRQ(codes_per_1000_rows=2500, num_levels=16, num_centroids=16),
     VRQ(codes_per_1000_rows=3000, num_levels=8, num_centroids=100, sorted_rows=False),
     *(Scalar(num_bits=bits, group_size=group) for bits in (2, 4, 8) for group in (0, 8)),
@@ -49,7 +50,7 @@ def test_a_layout_on_a_gpu(method):
 @needs_triton
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("method", [PQ(), RQ(), VRQ()], ids=repr)
+@pytest.mark.parametrize("method", [PQ(), RQ(), RQ(word_bits=8), VRQ()], ids=repr)
 def test_gradients_on_a_gpu(method):
     table = make_table(method).cuda()
     table.padding_idx = 3
