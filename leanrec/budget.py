@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
+from leanrec.calibration import cost_factors
 from leanrec.compress import choose, group_counts, group_sensitivities
 from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, naming, row_chunks, table_groups, tables
 from leanrec.methods.base import Method
@@ -39,6 +41,8 @@ def fit_budget(
     ratio: float | None = None,
     counts: Mapping[str, Tensor] | None = None,
     sensitivities: Mapping[str, Sensitivity] | None = None,
+    held_out: Iterable[tuple[Any, Tensor]] | None = None,
+    seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Method | None]:
     """Settings for each table with which all tables together fit into a number of bytes, for `compress`.
@@ -49,6 +53,9 @@ def fit_budget(
     Steps along each table's lower convex hull are taken in the order of loss saved per byte while they fit, which is where a Lagrange
     multiplier would lead; what is left over is then spent greedily.
 
+    With `held_out`, the tables are compressed to this plan once, and what each of them alone costs there corrects what is expected of it
+    for a second plan. Sensitivities are those of the rows that the model learned from: they do not know where it has learned by heart.
+
     Args:
         model: Any module.
         method: As in `compress`; its knob is what the budget sets. A table with None stays as it is, and its bytes count.
@@ -56,15 +63,20 @@ def fit_budget(
         ratio: fp32 bytes of all tables / bytes afterwards, at least.
         counts: As in `compress`. Without counts, each row of a table weighs the same.
         sensitivities: As in `compress`.
-        progress: Called after each table with its path, the number of tables whose sizes are known and the number in all.
+        held_out: Batches that the model did not learn from: (what it is called with, a tuple as `model(*inputs)`; 0 or 1 for each logit).
+        seed: As in `compress`, for tables compressed on trial.
+        progress: Called after each table with its path, the number of tables whose sizes are known and the number in all; then again for
+            tables compressed on trial.
 
     Returns:
         Path of each table, glob characters escaped -> method, or None to leave it alone.
 
     Raises:
-        ValueError: Neither or both of nbytes and ratio, a pattern without a table, counts that do not fit, or a budget that cannot be met.
+        ValueError: Neither or both of nbytes and ratio, a pattern without a table, counts that do not fit, held-out batches without
+            sensitivities, or a budget that cannot be met.
     """
-    return Sizes(model, method, counts=counts, sensitivities=sensitivities, progress=progress).plan(nbytes=nbytes, ratio=ratio)
+    sizes = Sizes(model, method, counts=counts, sensitivities=sensitivities, held_out=held_out, seed=seed, progress=progress)
+    return sizes.plan(nbytes=nbytes, ratio=ratio)
 
 
 class Sizes:
@@ -82,8 +94,13 @@ class Sizes:
         *,
         counts: Mapping[str, Tensor] | None = None,
         sensitivities: Mapping[str, Sensitivity] | None = None,
+        held_out: Iterable[tuple[Any, Tensor]] | None = None,
+        seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
+        if held_out is not None and not sensitivities:
+            raise ValueError("held_out goes with sensitivities: without them the loss expected of a table is no log loss to compare with.")
+        self._model, self._held_out, self._seed = model, held_out, seed
         self._method, self._groups = method, table_groups(model)
         self._counts, self._sensitivities = group_counts(self._groups, counts), group_sensitivities(self._groups, sensitivities)
         self._chosen = {path: chosen and chosen.for_counts(self._counts.get(path)) for path, chosen in choose(model, method).items()}
@@ -97,6 +114,11 @@ class Sizes:
         """What `fit_budget` gives for this budget."""
         budget = self.budget(nbytes=nbytes, ratio=ratio)
         picks = dict(zip(self._groups, spend(self._options, budget), strict=True))
+        if self._held_out is not None:
+            factors = self._cost_factors(picks, self._held_out)
+            options = zip(self._groups, self._options, strict=True)
+            corrected = [[replace(option, loss=option.loss * factors.get(path, 1.0)) for option in choices] for path, choices in options]
+            picks = dict(zip(self._groups, spend(corrected, budget), strict=True))
         return {glob.escape(path): picks[first].method for path, first in self._owners.items()}
 
     def budget(self, *, nbytes: int | None = None, ratio: float | None = None) -> int:
@@ -108,6 +130,20 @@ class Sizes:
                 f"{self.least} bytes, a ratio of {self.full / self.least:.1f}."
             )
         return budget
+
+    def _cost_factors(self, picks: Mapping[str, Option], held_out: Iterable[tuple[Any, Tensor]]) -> dict[str, float]:
+        methods = {path: pick.method for path, pick in picks.items() if pick.method is not None and path in self._sensitivities}
+        return cost_factors(
+            self._model,
+            self._groups,
+            methods,
+            {path: picks[path].loss for path in methods},
+            held_out,
+            counts=self._counts,
+            sensitivities=self._sensitivities,
+            seed=self._seed,
+            progress=self._progress,
+        )
 
     @cached_property
     def _options(self) -> list[list[Option]]:

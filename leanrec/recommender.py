@@ -26,6 +26,7 @@ from leanrec.sensitivity import measure_sensitivity
 MODEL_FILE, SCHEMA_FILE = "model.safetensors", "schema.json"
 PREDICT_BATCH = 16_384
 SENSITIVITY_BATCH, SENSITIVITY_BATCHES = 4096, 128  # half a million rows of the log at most, from all over it
+HELD_OUT_BATCHES = 16  # of PREDICT_BATCH rows
 
 Work: TypeAlias = Callable[[str, int, int], None]
 """Who is told of long work: what it is, how much of it is done, and of how much."""
@@ -137,9 +138,33 @@ def compress_tables(
     sensitivities = table_sensitivities(recommender, methods, seed=seed, on_work=on_work) if fit else None
     if has_budget:
         sizing = told_of_tables(on_work, "sizes of table")
-        plan = fit_budget(recommender.model, plan, ratio=ratio, nbytes=nbytes, counts=counts, sensitivities=sensitivities, progress=sizing)
+        held_out = None if sensitivities is None else HeldOut(recommender, seed)
+        plan = fit_budget(
+            recommender.model,
+            plan,
+            ratio=ratio,
+            nbytes=nbytes,
+            counts=counts,
+            sensitivities=sensitivities,
+            held_out=held_out,
+            seed=seed,
+            progress=sizing,
+        )
     fitting = told_of_tables(on_work, "table")
     recommender.model = compress(recommender.model, plan, counts=counts, sensitivities=sensitivities, fit=fit, seed=seed, progress=fitting)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows of the validation split as `fit_budget` takes them: features and labels."""
+
+    recommender: Recommender
+    seed: int
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        loader = Loader(self.recommender.data, "valid", self.recommender.schema, batch_size=PREDICT_BATCH, seed=self.seed)
+        for batch in islice(loader.batches(), HELD_OUT_BATCHES):
+            yield batch.features, batch.labels
 
 
 def table_sensitivities(

@@ -15,7 +15,7 @@ from leanrec.compress import compress
 from leanrec.data.loader import Loader
 from leanrec.methods import parse
 from leanrec.ops.metrics import auc
-from leanrec.recommender import PREDICT_BATCH, Recommender, Work, open_run, predict, table_counts, table_sensitivities, told_of_tables
+from leanrec.recommender import PREDICT_BATCH, HeldOut, Recommender, Work, open_run, predict, table_counts, table_sensitivities, told_of_tables
 
 FIRST_RATIO, LEAST_RATIO = 10.0, 1.2
 BISECTIONS = 3
@@ -103,7 +103,10 @@ class _Search:
         self.full_auc = _valid_auc(base)
         self.counts, self.sensitivities = table_counts(base), table_sensitivities(base, [self.method], seed=seed, on_work=on_work)
         sizing = told_of_tables(on_work, "sizes of table")
-        self.sizes = Sizes(base.model, self.method, counts=self.counts, sensitivities=self.sensitivities, progress=sizing)
+        held_out = None if self.sensitivities is None else HeldOut(base, seed)
+        self.sizes = Sizes(
+            base.model, self.method, counts=self.counts, sensitivities=self.sensitivities, held_out=held_out, seed=seed, progress=sizing
+        )
 
     def bracket(self) -> tuple[Trial, Trial | None]:
         """A ratio that keeps the promise and a larger one that does not; None where the smallest tables of all keep it."""

@@ -57,7 +57,7 @@ def compress_run(
         max_auc_drop: Or as small as the validation AUC, before any tuning, stays no more than this below that of `run`; see `smallest_ratio`.
         dense_ratio: Bytes of all linear layers before / after, by `compress_dense` on rows of the training split once the tables are
             compressed; None leaves the layers as they are.
-        tuning: How to fine-tune with the click loss.
+        tuning: How to fine-tune with the click loss; the model of `run` is the teacher, if `teacher_share` says so.
         seed: Source of the random draws of fit and tuning.
         on_trial: Called with every size that the search for `max_auc_drop` tries.
         on_work: Called with (what is done, how much of it, of how much) as tables are measured, weighed for the budget and fitted.
@@ -99,7 +99,8 @@ def compress_run(
         progress = None
         if tuning is not None:
             settings, checkpoint = replace(tuning, seed=seed, keep_initial=True), current.folder / CHECKPOINT_FILE
-            progress = train_recommender(recommender, settings, checkpoint=checkpoint, on_step=on_step)
+            teacher = open_run(run).model if settings.teacher_share else None
+            progress = train_recommender(recommender, settings, checkpoint=checkpoint, teacher=teacher, on_step=on_step)
             checkpoint.unlink()
         recommender.save(current.folder)
         fitted.unlink()

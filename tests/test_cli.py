@@ -26,7 +26,7 @@ from leanrec.tune import TUNING
 COMMANDS = {command.callback.__name__: command for command in app.registered_commands}
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-MECHANICAL_SETTINGS = {"keep_initial", "checkpoint_steps"}  # no user's choice: what tuning does, and how often a run is kept
+MECHANICAL_SETTINGS = {"keep_initial", "teacher_share", "checkpoint_steps"}  # no user's choice: what tuning does, and how often a run is kept
 
 
 def _done(capsys, *arguments: str) -> str:
@@ -260,10 +260,10 @@ def test_train_passes_every_option_on(passed):
 
 def test_compress_passes_every_option_on(passed):
     line = "compress base --out run --method PQ() --ratio 4 --nbytes 5 --max-auc-drop 0.01 --dense-ratio 3"
-    line += " --tune-epochs 6 --tune-learning-rate 0.7 --seed 8"
+    line += " --tune-epochs 6 --tune-learning-rate 0.7 --tune-teacher-share 0.1 --seed 8"
     run_folder, out, options = passed("leanrec.tune.compress_run", line)
     assert (run_folder, out) == (Path("base"), Path("run"))
-    tuning = replace(TUNING, epochs=6, learning_rate=0.7)
+    tuning = replace(TUNING, epochs=6, learning_rate=0.7, teacher_share=0.1)
     assert options == {"method": "PQ()", "ratio": 4.0, "nbytes": 5, "max_auc_drop": 0.01, "dense_ratio": 3.0, "tuning": tuning, "seed": 8}
 
 

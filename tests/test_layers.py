@@ -18,7 +18,7 @@ FLOORS = (
     {"methods", "models"},
     {"bag"},
     {"embeddings", "compress", "move"},
-    {"budget", "dense", "report", "sensitivity", "storage"},
+    {"budget", "calibration", "dense", "report", "sensitivity", "storage"},
     {"merge", "recommender", "stream", "train", "evaluate"},
     {"export", "search", "serve", "tune"},
     {"bench", "demo"},
@@ -29,6 +29,7 @@ NEIGHBOURS = {
     "data": {"runs"},
     "compress": {"embeddings"},
     "move": {"embeddings"},
+    "budget": {"calibration"},
     "dense": {"budget"},
     "report": {"dense"},
     "storage": {"dense"},
@@ -39,7 +40,21 @@ NEIGHBOURS = {
     "__main__": {"cli"},
 }
 # These work on any PyTorch model, so they know neither logs nor reference models.
-ANY_MODEL = {"ops", "methods", "bag", "embeddings", "compress", "move", "budget", "dense", "report", "sensitivity", "storage", "stream"}
+ANY_MODEL = {
+    "ops",
+    "methods",
+    "bag",
+    "embeddings",
+    "compress",
+    "move",
+    "budget",
+    "calibration",
+    "dense",
+    "report",
+    "sensitivity",
+    "storage",
+    "stream",
+}
 # These are held closer than their floor.
 ONLY = {"ops": set(), "runs": set(), "methods": {"ops"}, "models": {"data"}}
 

@@ -454,6 +454,6 @@ def test_the_command_compresses_a_file_and_says_what_came_of_it(files, tmp_path,
     assert json.loads((tmp_path / "out" / "run.json").read_text())["command"] == "compress"
     assert run(["report", str(tmp_path / "out")]) == 1
     assert "holds a table without a model, of which run.json has the figures" in capsys.readouterr().err
-    for option in (["--max-auc-drop", "0.001"], ["--tune-epochs", "0"], ["--tune-learning-rate", "1e-3"]):
+    for option in (["--max-auc-drop", "0.001"], ["--tune-epochs", "0"], ["--tune-learning-rate", "1e-3"], ["--tune-teacher-share", "0"]):
         assert run(["compress", str(files / "table.npy"), *option, "--out", str(tmp_path / "b")]) == 2
     assert run(["compress", str(tmp_path / "a-run"), "--counts", "c.npy", "--out", str(tmp_path / "b")]) == 2

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,28 @@ def test_tuning_never_ends_below_where_it_began(small_log):
     progress = train_recommender(recommender, harmful)
     assert len(progress.history) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in recommender.model.state_dict().items())
+
+
+def test_a_teacher_has_its_share_in_the_labels(small_log):
+    teacher = build(small_log, "deepfm", MODEL, seed=7)
+    settings = replace(FAST, epochs=1)
+    pupil, reader = (build(small_log, "deepfm", MODEL, seed=0) for _ in range(2))
+    train_recommender(pupil, replace(settings, teacher_share=0.25), teacher=teacher.model.train())
+
+    class Softened(Loader):
+        def batches(self, **place):
+            for batch in super().batches(**place):
+                yield batch._replace(labels=0.75 * batch.labels + 0.25 * torch.sigmoid(teacher.model.eval()(batch.features).detach()))
+
+    rows = Softened(small_log, "train", reader.schema, batch_size=settings.batch_size, seed=settings.seed)
+    train(reader.model, rows, Loader(small_log, "valid", reader.schema, batch_size=1000), settings)
+    for ours, theirs in zip(pupil.model.parameters(), reader.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_share_without_a_teacher_is_an_error(small_log):
+    with pytest.raises(ValueError, match="needs a teacher"):
+        train_recommender(build(small_log, "deepfm", MODEL, seed=0), replace(FAST, teacher_share=0.5))
 
 
 def test_l2_is_the_squared_norm_of_the_looked_up_rows_per_row_of_the_batch(small_log):
@@ -294,7 +317,16 @@ def test_codes_stay_frozen_and_code_books_move_in_tuning(small_log):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"patience": 0}, {"epochs": 0}, {"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"l2": -1.0}, {"learning_rate_decay": 0.0}]
+    "settings",
+    [
+        {"patience": 0},
+        {"epochs": 0},
+        {"learning_rate": -1.0},
+        {"learning_rate": float("nan")},
+        {"l2": -1.0},
+        {"learning_rate_decay": 0.0},
+        {"teacher_share": 1.5},
+    ],
 )
 def test_bad_settings_are_refused(settings):
     name, value = next(iter(settings.items()))

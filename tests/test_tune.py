@@ -5,9 +5,10 @@ import torch
 
 from leanrec import recommender, runs
 from leanrec.compress import compress, tables
+from leanrec.data.loader import Loader
 from leanrec.evaluate import evaluate_run
 from leanrec.methods import PQ
-from leanrec.recommender import compress_tables, open_run, table_counts
+from leanrec.recommender import compress_tables, open_run, predict, table_counts
 from leanrec.report import report
 from leanrec.train import TrainSettings, state, train_run
 from leanrec.tune import TUNING, compress_run
@@ -43,6 +44,18 @@ def test_tuning_keeps_the_best_of_the_untuned_and_the_tuned(base, tmp_path):
     untuned = compress_run(base, tmp_path / "untuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=None)
     assert untuned["valid"]["auc"] == pytest.approx(history[0], abs=1e-12)
     assert untuned["tuning"] is None
+
+
+def test_tuning_learns_from_the_model_before_compression(base, tmp_path):
+    full = open_run(base)
+    rows = Loader(full.data, "valid", full.schema, batch_size=1000)
+
+    def distance(run, teacher_share):
+        settings = replace(SHORT, epochs=3, learning_rate=1e-2, teacher_share=teacher_share)
+        compress_run(base, run, method="PQ(num_subspaces=1, num_centroids=4)", tuning=settings)
+        return float((predict(open_run(run).model, rows)[1].sigmoid() - predict(full.model, rows)[1].sigmoid()).square().mean())
+
+    assert distance(tmp_path / "taught", 1.0) < 0.95 * distance(tmp_path / "alone", 0.0)
 
 
 def test_a_ratio_is_reached_by_choosing_settings_for_each_table(base, tmp_path):
@@ -103,7 +116,7 @@ def test_all_that_takes_long_before_the_tuning_is_told(base, tmp_path):
     assert told[0][:2] == ("sensitivity of the tables", 0)
     paths = list(tables(open_run(base).model))
     assert [state for state in told if state[0] != "sensitivity of the tables"] == [
-        *((f"sizes of table {path}", done, 3) for done, path in enumerate(paths, start=1)),
+        *2 * [(f"sizes of table {path}", done, 3) for done, path in enumerate(paths, start=1)],  # as expected, and on held-out rows
         *((f"table {path}", done, 3) for done, path in enumerate(paths, start=1)),
     ]
 

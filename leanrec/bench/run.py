@@ -181,7 +181,7 @@ def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str
     fitted, history = time.perf_counter(), []
     if experiment.tuning is not False:
         differences = {} if experiment.tuning is True else dict(experiment.tuning)
-        history = train_recommender(recommender, replace(TUNING, seed=cell.seed, **differences)).history
+        history = train_recommender(recommender, replace(TUNING, seed=cell.seed, **differences), teacher=open_run(base).model).history
     seconds = {"pretrain": runs.load(base)["seconds"], "fit": round(fitted - start, 3), "tune": round(time.perf_counter() - fitted, 3)}
     folder = folders.work / "models" / folders.results.name / cell.file_name.removesuffix(".json")
     folder.mkdir(parents=True, exist_ok=True)

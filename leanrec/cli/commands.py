@@ -255,6 +255,10 @@ def compress(
         int | None, typer.Option(metavar="NUMBER", min=0, help="Most passes of fine-tuning afterwards; 0 for none.  [default: 2]")
     ] = None,
     tune_learning_rate: Annotated[float | None, typer.Option(metavar="NUMBER", help="Of the fine-tuning.  [default: 0.0001]")] = None,
+    tune_teacher_share: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", help="Share that predictions of the model before compression have in its labels, such as 0.5.  [default: 0]"),
+    ] = None,
     tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of a table in a file: the tensor or column, where there are several.")] = None,
     counts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Of a table in a file: how often each row is looked up, integers in a file of the same kinds.")
@@ -268,10 +272,8 @@ def compress(
     A table in a file is read in stretches and its compressed form written as it goes, in little memory.
     """
     if is_table(run):
-        if any(option is not None for option in (max_auc_drop, dense_ratio, tune_epochs, tune_learning_rate)):
-            raise typer.BadParameter(
-                f"{run} is a table, not a run: it has no model for --max-auc-drop, --dense-ratio, --tune-epochs or --tune-learning-rate."
-            )
+        if any(option is not None for option in (max_auc_drop, dense_ratio, tune_epochs, tune_learning_rate, tune_teacher_share)):
+            raise typer.BadParameter(f"{run} is a table, not a run: it has no model for --max-auc-drop, --dense-ratio or --tune-*.")
         _use_threads(threads)
         _compress_table(run, out, method or ["PQ()"], tensor, counts, ratio, nbytes, seed)
         return
@@ -284,7 +286,8 @@ def compress(
     _use_threads(threads)
     epochs = TUNING.epochs if tune_epochs is None else tune_epochs
     learning_rate = TUNING.learning_rate if tune_learning_rate is None else tune_learning_rate
-    tuning = replace(TUNING, epochs=epochs, learning_rate=learning_rate) if epochs else None
+    teacher_share = TUNING.teacher_share if tune_teacher_share is None else tune_teacher_share
+    tuning = replace(TUNING, epochs=epochs, learning_rate=learning_rate, teacher_share=teacher_share) if epochs else None
     with display() as shown:
         record = compress_run(
             run,

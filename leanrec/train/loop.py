@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanrec.data.loader import Loader
+from leanrec.data.loader import Batch, Loader
 from leanrec.methods.base import Table
 from leanrec.train.observe import observe
 from leanrec.train.settings import TrainSettings
@@ -26,6 +26,7 @@ def train(
     *,
     checkpoint: Path | None = None,
     from_scratch: bool = False,
+    teacher: nn.Module | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train a model on log loss, in place, to its best validation AUC.
@@ -40,8 +41,16 @@ def train(
         settings: How to train.
         checkpoint: File for the state of the run, or None.
         from_scratch: Whether compressed tables are to learn all that they store, their codes too, and not only what has gradients.
+        teacher: Model of the same batches whose predictions are learned too, where `settings.teacher_share` is above 0.
         on_step: Called after every step.
+
+    Raises:
+        ValueError: The settings give a share to a teacher, and there is none.
     """
+    if settings.teacher_share and teacher is None:
+        raise ValueError(f"teacher_share={settings.teacher_share} needs a teacher, which there is in the fine-tuning of a compressed model only.")
+    if teacher is not None:
+        teacher.eval()
     tables = [module for module in model.modules() if isinstance(module, Table)] if from_scratch else []
     observe(model, tables, loader)
     for table in tables:
@@ -55,7 +64,7 @@ def train(
             state.evaluate(validation)
         model.train()
         while state.progress.epoch < settings.epochs and state.progress.failures < settings.patience:
-            _epoch(state, loader, validation, l2, checkpoint, on_step)
+            _epoch(state, loader, validation, l2, teacher, checkpoint, on_step)
     model.load_state_dict(state.best)
     for table in tables:
         table.finish()
@@ -67,6 +76,7 @@ def _epoch(
     loader: Loader,
     validation: Loader,
     l2: Callable[[], Tensor | float],
+    teacher: nn.Module | None,
     checkpoint: Path | None,
     on_step: Callable[[Progress], None] | None,
 ) -> None:
@@ -77,7 +87,7 @@ def _epoch(
     tables = [module for module in state.model.modules() if isinstance(module, Table)]
     for batch in loader.batches(epoch=progress.epoch, start=progress.batch):
         logits = state.model(batch.features)
-        loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
+        loss = F.binary_cross_entropy_with_logits(logits, _labels(batch, teacher, settings.teacher_share))
         (loss + l2() / len(batch.labels) + sum(table.penalty() for table in tables)).backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -95,6 +105,14 @@ def _epoch(
         if progress.failures >= settings.patience:
             return
     progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
+@torch.no_grad()
+def _labels(batch: Batch, teacher: nn.Module | None, share: float) -> Tensor:
+    """What is to be predicted: clicks, and what a teacher predicts: (B,)."""
+    if teacher is None or not share:
+        return batch.labels
+    return torch.lerp(batch.labels, teacher(batch.features).sigmoid(), share)
 
 
 @contextmanager

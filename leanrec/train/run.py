@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from leanrec import runs
 from leanrec.data.loader import Loader
 from leanrec.move import move_tables
@@ -83,12 +85,13 @@ def train_recommender(
     *,
     checkpoint: Path | None = None,
     from_scratch: bool = False,
+    teacher: nn.Module | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train a recommender on the splits train and valid of its own log, in place; for the arguments see `train`."""
     loader = Loader(recommender.data, "train", recommender.schema, batch_size=settings.batch_size, seed=settings.seed)
     validation = Loader(recommender.data, "valid", recommender.schema, batch_size=PREDICT_BATCH)
-    return train(recommender.model, loader, validation, settings, checkpoint=checkpoint, from_scratch=from_scratch, on_step=on_step)
+    return train(recommender.model, loader, validation, settings, checkpoint=checkpoint, from_scratch=from_scratch, teacher=teacher, on_step=on_step)
 
 
 def summary(recommender: Recommender, progress: Progress) -> dict[str, Any]:
