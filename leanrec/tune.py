@@ -18,7 +18,7 @@ from leanrec.ops.metrics import auc, log_loss
 from leanrec.recommender import PREDICT_BATCH, Recommender, Work, compress_tables, describe, open_run, predict
 from leanrec.report import Report, report
 from leanrec.search import Trial, search_summary, smallest_ratio
-from leanrec.train import Progress, TrainSettings, train_recommender
+from leanrec.train import Progress, Teacher, TrainSettings, train_recommender
 from leanrec.train.run import CHECKPOINT_FILE
 
 FITTED_FILE, TRIALS_FILE = "fitted.safetensors", "trials.json"
@@ -38,6 +38,7 @@ def compress_run(
     max_auc_drop: float | None = None,
     dense_ratio: float | None = None,
     tuning: TrainSettings | None = TUNING,
+    teacher_share: float = 0.0,
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
     on_work: Work | None = None,
@@ -57,7 +58,8 @@ def compress_run(
         max_auc_drop: Or as small as the validation AUC, before any tuning, stays no more than this below that of `run`; see `smallest_ratio`.
         dense_ratio: Bytes of all linear layers before / after, by `compress_dense` on rows of the training split once the tables are
             compressed; None leaves the layers as they are.
-        tuning: How to fine-tune with the click loss; the model of `run` is the teacher, if `teacher_share` says so.
+        tuning: How to fine-tune with the click loss.
+        teacher_share: Share that what the model of `run` predicts has in the labels of the fine-tuning, 0 to 1; the clicks have the rest.
         seed: Source of the random draws of fit and tuning.
         on_trial: Called with every size that the search for `max_auc_drop` tries.
         on_work: Called with (what is done, how much of it, of how much) as tables are measured, weighed for the budget and fitted.
@@ -74,8 +76,11 @@ def compress_run(
         "max_auc_drop": max_auc_drop,
         "dense_ratio": dense_ratio,
         "tuning": tuning and asdict(tuning),
+        "teacher_share": teacher_share,
         "seed": seed,
     }
+    if not 0 <= teacher_share <= 1:
+        raise ValueError(f"teacher_share={teacher_share} must be from 0 to 1.")
     if max_auc_drop is not None:
         _check_search(method, ratio, nbytes, max_auc_drop)
     if runs.is_finished(out, command="compress", settings=arguments):
@@ -99,7 +104,7 @@ def compress_run(
         progress = None
         if tuning is not None:
             settings, checkpoint = replace(tuning, seed=seed, keep_initial=True), current.folder / CHECKPOINT_FILE
-            teacher = open_run(run).model if settings.teacher_share else None
+            teacher = Teacher(open_run(run).model, teacher_share) if teacher_share else None
             progress = train_recommender(recommender, settings, checkpoint=checkpoint, teacher=teacher, on_step=on_step)
             checkpoint.unlink()
         recommender.save(current.folder)

@@ -26,7 +26,7 @@ from leanrec.tune import TUNING
 COMMANDS = {command.callback.__name__: command for command in app.registered_commands}
 PROJECT = Path(__file__).parents[1]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-MECHANICAL_SETTINGS = {"keep_initial", "teacher_share", "checkpoint_steps"}  # no user's choice: what tuning does, and how often a run is kept
+MECHANICAL_SETTINGS = {"keep_initial", "checkpoint_steps"}  # no user's choice: what tuning does, and how often a run is kept
 
 
 def _done(capsys, *arguments: str) -> str:
@@ -263,13 +263,31 @@ def test_compress_passes_every_option_on(passed):
     line += " --tune-epochs 6 --tune-learning-rate 0.7 --tune-teacher-share 0.1 --seed 8"
     run_folder, out, options = passed("leanrec.tune.compress_run", line)
     assert (run_folder, out) == (Path("base"), Path("run"))
-    tuning = replace(TUNING, epochs=6, learning_rate=0.7, teacher_share=0.1)
-    assert options == {"method": "PQ()", "ratio": 4.0, "nbytes": 5, "max_auc_drop": 0.01, "dense_ratio": 3.0, "tuning": tuning, "seed": 8}
+    tuning = replace(TUNING, epochs=6, learning_rate=0.7)
+    assert options == {
+        "method": "PQ()",
+        "ratio": 4.0,
+        "nbytes": 5,
+        "max_auc_drop": 0.01,
+        "dense_ratio": 3.0,
+        "tuning": tuning,
+        "teacher_share": 0.1,
+        "seed": 8,
+    }
 
 
 def test_compress_without_epochs_of_tuning_does_not_tune(passed):
     _, _, options = passed("leanrec.tune.compress_run", "compress base --out run --tune-epochs 0")
-    assert options == {"method": "VRQ()", "ratio": None, "nbytes": None, "max_auc_drop": None, "dense_ratio": None, "tuning": None, "seed": 0}
+    assert options == {
+        "method": "VRQ()",
+        "ratio": None,
+        "nbytes": None,
+        "max_auc_drop": None,
+        "dense_ratio": None,
+        "tuning": None,
+        "teacher_share": 0.0,
+        "seed": 0,
+    }
 
 
 def test_evaluate_passes_every_option_on(passed):

@@ -286,8 +286,7 @@ def compress(
     _use_threads(threads)
     epochs = TUNING.epochs if tune_epochs is None else tune_epochs
     learning_rate = TUNING.learning_rate if tune_learning_rate is None else tune_learning_rate
-    teacher_share = TUNING.teacher_share if tune_teacher_share is None else tune_teacher_share
-    tuning = replace(TUNING, epochs=epochs, learning_rate=learning_rate, teacher_share=teacher_share) if epochs else None
+    tuning = replace(TUNING, epochs=epochs, learning_rate=learning_rate) if epochs else None
     with display() as shown:
         record = compress_run(
             run,
@@ -298,6 +297,7 @@ def compress(
             max_auc_drop=max_auc_drop,
             dense_ratio=dense_ratio,
             tuning=tuning,
+            teacher_share=tune_teacher_share or 0.0,
             seed=seed,
             on_trial=lambda trial: shown.line(_trial(trial, max_auc_drop)),
             on_work=shown.work,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,16 @@ from leanrec.train.settings import TrainSettings
 from leanrec.train.state import Progress, State
 
 
+class Teacher(NamedTuple):
+    """A model, such as the one before compression, whose predictions have a share in the labels, 0 to 1; the clicks have the rest.
+
+    Hinton, Vinyals and Dean, 2015, arXiv 1503.02531, at a temperature of 1.
+    """
+
+    model: nn.Module
+    share: float
+
+
 def train(
     model: nn.Module,
     loader: Loader,
@@ -26,7 +36,7 @@ def train(
     *,
     checkpoint: Path | None = None,
     from_scratch: bool = False,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train a model on log loss, in place, to its best validation AUC.
@@ -41,16 +51,11 @@ def train(
         settings: How to train.
         checkpoint: File for the state of the run, or None.
         from_scratch: Whether compressed tables are to learn all that they store, their codes too, and not only what has gradients.
-        teacher: Model of the same batches whose predictions are learned too, where `settings.teacher_share` is above 0.
+        teacher: Of the same batches; its predictions are learned too.
         on_step: Called after every step.
-
-    Raises:
-        ValueError: The settings give a share to a teacher, and there is none.
     """
-    if settings.teacher_share and teacher is None:
-        raise ValueError(f"teacher_share={settings.teacher_share} needs a teacher, which there is in the fine-tuning of a compressed model only.")
     if teacher is not None:
-        teacher.eval()
+        teacher.model.eval()
     tables = [module for module in model.modules() if isinstance(module, Table)] if from_scratch else []
     observe(model, tables, loader)
     for table in tables:
@@ -76,7 +81,7 @@ def _epoch(
     loader: Loader,
     validation: Loader,
     l2: Callable[[], Tensor | float],
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     checkpoint: Path | None,
     on_step: Callable[[Progress], None] | None,
 ) -> None:
@@ -87,7 +92,7 @@ def _epoch(
     tables = [module for module in state.model.modules() if isinstance(module, Table)]
     for batch in loader.batches(epoch=progress.epoch, start=progress.batch):
         logits = state.model(batch.features)
-        loss = F.binary_cross_entropy_with_logits(logits, _labels(batch, teacher, settings.teacher_share))
+        loss = F.binary_cross_entropy_with_logits(logits, _labels(batch, teacher))
         (loss + l2() / len(batch.labels) + sum(table.penalty() for table in tables)).backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -108,11 +113,11 @@ def _epoch(
 
 
 @torch.no_grad()
-def _labels(batch: Batch, teacher: nn.Module | None, share: float) -> Tensor:
+def _labels(batch: Batch, teacher: Teacher | None) -> Tensor:
     """What is to be predicted: clicks, and what a teacher predicts: (B,)."""
-    if teacher is None or not share:
+    if teacher is None:
         return batch.labels
-    return torch.lerp(batch.labels, teacher(batch.features).sigmoid(), share)
+    return torch.lerp(batch.labels, teacher.model(batch.features).sigmoid(), teacher.share)
 
 
 @contextmanager

@@ -7,14 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from leanrec import runs
 from leanrec.data.loader import Loader
 from leanrec.move import move_tables
 from leanrec.ops.metrics import log_loss
 from leanrec.recommender import PREDICT_BATCH, Recommender, build, compress_tables, describe, open_run, predict
-from leanrec.train.loop import train
+from leanrec.train.loop import Teacher, train
 from leanrec.train.settings import TrainSettings
 from leanrec.train.state import Progress
 
@@ -85,7 +83,7 @@ def train_recommender(
     *,
     checkpoint: Path | None = None,
     from_scratch: bool = False,
-    teacher: nn.Module | None = None,
+    teacher: Teacher | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train a recommender on the splits train and valid of its own log, in place; for the arguments see `train`."""

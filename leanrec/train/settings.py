@@ -21,8 +21,6 @@ class TrainSettings:
         learning_rate_decay: Factor on the learning rates at each evaluation without a new best AUC.
         keep_initial: Whether the weights before the first step count as a candidate for the best, and later ones only if their log loss is no
             higher: tuning may then never make things worse.
-        teacher_share: Share that the predictions of a teacher, such as the model before compression, have in the labels, 0 to 1; the clicks have
-            the rest. Hinton, Vinyals and Dean, 2015, arXiv 1503.02531, at their temperature of 1.
         seed: Source of the order of the rows and of dropout.
         checkpoint_steps: Steps between checkpoints (there is also one at every evaluation).
     """
@@ -39,7 +37,6 @@ class TrainSettings:
     seed: int = 0
     checkpoint_steps: int = 1000
     table_optimizer: str = "adam"
-    teacher_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.table_optimizer not in TABLE_OPTIMIZERS:
@@ -53,7 +50,5 @@ class TrainSettings:
                 raise ValueError(f"{name}={value} must be a number above 0.")
         if not 0 <= self.l2 < float("inf"):
             raise ValueError(f"l2={self.l2} must be 0 or more.")
-        if not 0 <= self.teacher_share <= 1:
-            raise ValueError(f"teacher_share={self.teacher_share} must be from 0 to 1.")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1.")
