@@ -17,7 +17,7 @@ from leanrec.data.loader import Loader
 from leanrec.methods import PQ
 from leanrec.ops.metrics import auc
 from leanrec.recommender import build, open_run, predict
-from leanrec.train import RowAdam, TrainSettings, train, train_recommender, train_run
+from leanrec.train import RowAdam, Teacher, TrainSettings, train, train_recommender, train_run
 from leanrec.train.state import State
 
 FAST = TrainSettings(epochs=4, batch_size=256, learning_rate=3e-3, table_learning_rate=3e-2, patience=4)
@@ -145,7 +145,7 @@ def test_a_teacher_has_its_share_in_the_labels(small_log):
     teacher = build(small_log, "deepfm", MODEL, seed=7)
     settings = replace(FAST, epochs=1)
     pupil, reader = (build(small_log, "deepfm", MODEL, seed=0) for _ in range(2))
-    train_recommender(pupil, replace(settings, teacher_share=0.25), teacher=teacher.model.train())
+    train_recommender(pupil, settings, teacher=Teacher(teacher.model.train(), 0.25))
 
     class Softened(Loader):
         def batches(self, **place):
@@ -156,11 +156,6 @@ def test_a_teacher_has_its_share_in_the_labels(small_log):
     train(reader.model, rows, Loader(small_log, "valid", reader.schema, batch_size=1000), settings)
     for ours, theirs in zip(pupil.model.parameters(), reader.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def test_a_share_without_a_teacher_is_an_error(small_log):
-    with pytest.raises(ValueError, match="needs a teacher"):
-        train_recommender(build(small_log, "deepfm", MODEL, seed=0), replace(FAST, teacher_share=0.5))
 
 
 def test_l2_is_the_squared_norm_of_the_looked_up_rows_per_row_of_the_batch(small_log):
@@ -325,7 +320,6 @@ def test_codes_stay_frozen_and_code_books_move_in_tuning(small_log):
         {"learning_rate": float("nan")},
         {"l2": -1.0},
         {"learning_rate_decay": 0.0},
-        {"teacher_share": 1.5},
     ],
 )
 def test_bad_settings_are_refused(settings):

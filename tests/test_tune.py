@@ -28,7 +28,7 @@ def base(small_log, tmp_path_factory):
 def test_a_compressed_run_opens_with_its_tables_and_keeps_its_record(base, tmp_path):
     record = compress_run(base, tmp_path / "small", method="PQ(num_subspaces=2, num_centroids=16)", tuning=SHORT)
     assert set(record["methods"].values()) == {"PQ(num_subspaces=2, num_centroids=16, weight_power=0.5)"}
-    assert record["settings"].keys() == {"run", "method", "ratio", "nbytes", "max_auc_drop", "dense_ratio", "tuning", "seed"}
+    assert record["settings"].keys() == {"run", "method", "ratio", "nbytes", "max_auc_drop", "dense_ratio", "tuning", "teacher_share", "seed"}
     small, full = open_run(tmp_path / "small"), open_run(base)
     assert report(small.model).tables == record["report"]["tables"] < report(full.model).tables / 2
     assert record["report"]["vocabulary"] > 0
@@ -51,11 +51,13 @@ def test_tuning_learns_from_the_model_before_compression(base, tmp_path):
     rows = Loader(full.data, "valid", full.schema, batch_size=1000)
 
     def distance(run, teacher_share):
-        settings = replace(SHORT, epochs=3, learning_rate=1e-2, teacher_share=teacher_share)
-        compress_run(base, run, method="PQ(num_subspaces=1, num_centroids=4)", tuning=settings)
+        settings = replace(SHORT, epochs=3, learning_rate=1e-2)
+        compress_run(base, run, method="PQ(num_subspaces=1, num_centroids=4)", tuning=settings, teacher_share=teacher_share)
         return float((predict(open_run(run).model, rows)[1].sigmoid() - predict(full.model, rows)[1].sigmoid()).square().mean())
 
     assert distance(tmp_path / "taught", 1.0) < 0.95 * distance(tmp_path / "alone", 0.0)
+    with pytest.raises(ValueError, match=r"teacher_share=1\.5 must be from 0 to 1"):
+        compress_run(base, tmp_path / "wrong", teacher_share=1.5)
 
 
 def test_a_ratio_is_reached_by_choosing_settings_for_each_table(base, tmp_path):
