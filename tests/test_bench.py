@@ -5,12 +5,16 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
+import leanrec
+import leanrec.bench.run
 from leanrec.bench import Experiment, bench, cells, read_results, write_plots, write_readme
 from leanrec.bench.methods_page import methods_page
 from leanrec.bench.run import opponent
 from leanrec.bench.table import core_hours, difference, readme
 from leanrec.methods import METHODS
+from leanrec.train import train_recommender
 
 REPOSITORY = Path(__file__).parents[1]
 TOML = """
@@ -110,6 +114,24 @@ def test_smaller_models_of_earlier_results_are_not_taken_for_the_method_of_that_
     for name, result in {"1.json": earlier, "2.json": method}.items():
         (tmp_path / name).write_text(json.dumps(result))
     assert read_results(tmp_path) == [{"run": {"family": "Smaller", "method": "Full()", "embedding_dim": 4}}, method]
+
+
+def test_the_full_model_teaches_where_the_experiment_says(suite, tmp_path, monkeypatch):
+    teachers = []
+
+    def spy(recommender, settings, *, teacher=None, **others):
+        teachers.append(teacher)
+        return train_recommender(recommender, settings, teacher=teacher, **others)
+
+    monkeypatch.setattr(leanrec.bench.run, "train_recommender", spy)
+    (tmp_path / "tiny").mkdir()
+    for name, share in (("taught", "teacher_share = 0.5\n"), ("alone", "")):
+        toml = tmp_path / "tiny" / f"{name}.toml"
+        toml.write_text(f'dataset = "small"\nseeds = [0]\nsettings = ["PQ()"]\n[train]\nepochs = 1\n[tuning]\nepochs = 1\n{share}')
+        bench([toml], logs=suite / "logs", results=tmp_path / "results", work=suite / "work")
+    taught, alone = teachers
+    assert alone is None and taught.share == 0.5
+    assert all(isinstance(table, torch.nn.Embedding | torch.nn.EmbeddingBag) for table in leanrec.tables(taught.model).values())
 
 
 def test_the_log_is_prepared_as_the_experiment_says(suite, tmp_path):

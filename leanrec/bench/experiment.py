@@ -42,7 +42,7 @@ class Experiment:
         small_methods: Text forms that each of these smaller models is compressed with, as they stand.
         dense_ratios: Bytes of all linear layers before / after, of the full model with its tables as they are.
         prepare: Options of `leanrec.data.prepare.prepare` beside the log and the folder.
-        model, train, tuning: Differences from the defaults. `tuning = false` compresses without fine-tuning.
+        model, train, tuning: Differences from the defaults; tuning may hold `teacher_share` too. `tuning = false` compresses without fine-tuning.
     """
 
     name: str

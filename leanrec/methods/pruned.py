@@ -178,7 +178,7 @@ class PrunedTable(Table):
     @torch.no_grad()
     def _choose(self, weight: Tensor, threshold_logits: Tensor, kept: Tensor) -> None:
         """Keep the values that pass their thresholds by most; the others start again from 0."""
-        best = (weight.abs() - threshold_logits.sigmoid()).flatten().topk(self.num_kept).indices
+        best = (weight.abs() - threshold_logits.sigmoid()).flatten().topk(self.num_kept, sorted=False).indices
         kept.zero_().view(-1)[best] = True
         weight *= kept
 
