@@ -49,11 +49,21 @@ struct Codes {
 
     INLINE uint64_t at(int64_t index) const {
         if (bits == 8) return bytes[index];
-        if (nbytes < 8) return at_in_few(index);
-        const int64_t first = index * bits, byte = std::min(first >> 3, nbytes - 8);  // the last codes are within the last 8 bytes
+        int64_t available;
+        return several(index, available) & ((uint64_t{1} << bits) - 1);
+    }
+
+    // Codes from one on, the first of them lowest, and how many bits of them there are.
+    INLINE uint64_t several(int64_t index, int64_t& available) const {
+        if (nbytes < 8) {
+            available = bits;
+            return at_in_few(index);
+        }
+        const int64_t first = index * bits, byte = std::min(first >> 3, nbytes - 8), shift = (first - 8 * byte) & 63;  // the last are in the last 8 bytes
         uint64_t read;
         std::memcpy(&read, bytes + byte, 8);
-        return (read >> ((first - 8 * byte) & 63)) & ((uint64_t{1} << bits) - 1);
+        available = 64 - shift;
+        return read >> shift;
     }
 
     __attribute__((noinline)) uint64_t at_in_few(int64_t index) const {
@@ -334,8 +344,14 @@ struct Levels {
     template <class Each>
     INLINE void for_each_word(int64_t place, int64_t levels, int64_t column, float factor, const Each& each) const {
         const uint8_t* first_word = packed + column / 2;
+        const uint64_t mask = (uint64_t{1} << codes.bits) - 1;
+        uint64_t window = 0;  // codes of this level and later ones
+        int64_t available = 0;
         for (int64_t level = 0; level < levels; ++level) {
-            const int64_t word = level * num_words + std::min<int64_t>(codes.at(place + level), num_words - 1);
+            if (available < codes.bits) window = codes.several(place + level, available);
+            const int64_t word = level * num_words + std::min<int64_t>(window & mask, num_words - 1);
+            window >>= codes.bits;
+            available -= codes.bits;
             each(first_word + word * (width / 2), factor * (steps ? steps[word] : step_of(scales[word])));
         }
     }
