@@ -20,7 +20,6 @@ _MOST = 16.0  # a table counts as so many times dearer or cheaper than expected,
 _LEAST_SHARE = 1e-3  # of the expected costs; a table of less is not tried
 
 
-@torch.no_grad()
 def cost_factors(
     model: nn.Module,
     groups: Mapping[str, Group],
@@ -86,6 +85,7 @@ def _twins(path: str, group: Group, method: Method, counts: Tensor | None, sensi
     return {module: like(module, table).eval() for module in group.values()}
 
 
+@torch.no_grad()
 def _losses(model: nn.Module, inputs: Any, labels: Tensor) -> Tensor:
     """Log loss of each logit: (N,) float64 on the CPU."""
     logits = model(*(inputs if isinstance(inputs, tuple) else (inputs,))).double()
