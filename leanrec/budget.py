@@ -53,7 +53,7 @@ def fit_budget(
     Steps along each table's lower convex hull are taken in the order of loss saved per byte while they fit, which is where a Lagrange
     multiplier would lead; what is left over is then spent greedily.
 
-    With `held_out`, the tables are compressed to this plan once, and what each of them alone costs there corrects what is expected of it
+    With `held_out`, tables whose methods use sensitivities are compressed to this plan once, and what each of them alone costs there corrects what is expected of it
     for a second plan. Sensitivities are those of the rows that the model learned from: they do not know where it has learned by heart.
 
     Args:
@@ -132,7 +132,9 @@ class Sizes:
         return budget
 
     def _cost_factors(self, picks: Mapping[str, Option], held_out: Iterable[tuple[Any, Tensor]]) -> dict[str, float]:
-        methods = {path: pick.method for path, pick in picks.items() if pick.method is not None and path in self._sensitivities}
+        # What other methods are expected to lose is a squared error and no log loss.
+        chosen = {path: pick.method for path, pick in picks.items() if path in self._sensitivities}
+        methods = {path: method for path, method in chosen.items() if method is not None and method.uses_sensitivity}
         return cost_factors(
             self._model,
             self._groups,

@@ -49,6 +49,8 @@ def cost_factors(
         progress: Called after each table that was fitted with its path, the number of these and the number in all.
     """
     tried = [path for path in methods if expected[path] > _LEAST_SHARE * sum(expected.values())]
+    if not tried:
+        return {}
     twins = {}
     for done, path in enumerate(tried, start=1):
         twins[path] = _twins(path, groups[path], methods[path], counts.get(path), sensitivities.get(path), seed)

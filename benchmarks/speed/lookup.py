@@ -33,7 +33,7 @@ _PYTHON = "Python takes this time to find the tensors and ask for the output, no
 _BESIDE = ("torch", "nn.Embedding", "dense part", "embedding after the other", "kernel after the other")  # shown where they were measured
 _NOTES = {
     **{f"lookup_one_row_{name}": _PYTHON for name in ("pq", "rq", "rq_bytes", "vrq", "int8")},
-    **{f"lookup_{size}_{name}": _WORDS for size in ("small", "large") for name in ("rq", "vrq")},
+    **{f"lookup_{size}_{name}": _WORDS for size in ("small", "large") for name in ("rq", "rq_bytes", "vrq")},
 }
 
 
