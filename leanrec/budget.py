@@ -53,8 +53,9 @@ def fit_budget(
     Steps along each table's lower convex hull are taken in the order of loss saved per byte while they fit, which is where a Lagrange
     multiplier would lead; what is left over is then spent greedily.
 
-    With `held_out`, tables whose methods use sensitivities are compressed to this plan once, and what each of them alone costs there corrects what is expected of it
-    for a second plan. Sensitivities are those of the rows that the model learned from: they do not know where it has learned by heart.
+    With `held_out`, tables whose methods use sensitivities are compressed to this plan once, and what each of them alone costs there
+    corrects what is expected of it for a second plan. Sensitivities are those of the rows that the model learned from: they do not know
+    where it has learned by heart.
 
     Args:
         model: Any module.
