@@ -1,4 +1,4 @@
-"""Models made faster for inference: linear layers over the vectors of fields, multiplied with what the tables are made of.
+"""Models made faster for inference: tables read together, and dense layers multiplied with what the tables are made of.
 
 The merging of an expansion into the layer after it is that of Yu et al., KDD 2024, arXiv 2405.18146; with the words of code books, it is how
 Jegou, Douze and Schmid, TPAMI 2011, compute inner products with coded vectors.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from leanrec.embeddings import put
 from leanrec.methods import Table
 from leanrec.models.dcnv2 import DCNv2
 from leanrec.models.deepfm import DeepFM
@@ -24,44 +25,108 @@ from leanrec.ops import fused
 _WORD_COST = 4  # a word has to be fetched, a row is there: adding up a value takes as long as about so many products
 
 _MODELS = (DeepFM, DCNv2, GDCNP)
+_UNCHANGEABLE = "a merged model is for inference alone: save, compress and report a model before leanrec.merge."
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """The model for inference alone, in place: its first dense layer is multiplied with the code books and axes of its tables.
+    """The model for inference alone, in place, faster and with the same answers but for rounding.
 
-    A layer of H outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H
-    numbers instead of D x H products; one that takes rows of R coordinates is R x H products. Answers stay the same but for rounding. The
-    model takes M x K x H x 4 bytes of memory for each field of such words. Fields of other tables, tables that gain nothing (M >= D / 4 or
-    R + 1 >= D), lists and numbers are multiplied as before.
+    - The tables of a `FieldEmbedding` that the look-up kernel reads are read with one call, each row to where it belongs: nothing is copied
+      and the kernel is not called for each field.
+    - The first dense layer of DeepFM, DCNv2 (not stacked) and GDCN-P is multiplied with the code books and axes of the tables. A layer of H
+      outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H numbers
+      instead of D x H products; one that takes rows of R coordinates is R x H products. The model takes M x K x H x 4 bytes of memory for
+      each field of such words. Fields of other tables, tables that gain nothing (M >= D / 4 or R + 1 >= D), lists and numbers are multiplied
+      as before, and so is everything where the layer is not an `nn.Linear`.
 
     The model can no longer be trained, and no longer be saved or compressed: do that before.
 
     Args:
-        model: DeepFM, DCNv2 (not stacked) or GDCN-P. The look-up kernel adds up words of float32 on a CPU; torch adds up others.
+        model: With a `leanrec.models.layers.FieldEmbedding`, as all of `leanrec.models` have. On a GPU, and of other precisions, tables are
+            read one by one and words are added up by torch.
 
     Returns:
-        The same model, in evaluation mode, its parameters without gradients.
+        The same model, in evaluation mode, its parameters without gradients. Tables that are read together are not called as modules.
 
     Raises:
-        ValueError: The model is another one, or none of its tables can be merged.
+        ValueError: Neither is possible.
     """
-    is_stacked = isinstance(model, DCNv2) and model.structure == "stacked"
-    if not isinstance(model, _MODELS) or type(model) not in _MODELS or is_stacked:  # a class derived from them may have a forward of its own
-        raise ValueError(f"{type(model).__name__} has no dense layer of the vectors of fields alone. DeepFM, DCNv2 (not stacked) and GDCNP have one.")
-    layer = next(model.deep.children(), None)
-    if isinstance(layer, MergedLinear):
+    if any(isinstance(module, MergedLinear | MergedEmbedding) for module in model.modules()):
         raise ValueError("the model is merged already.")
-    if type(layer) is not nn.Linear:
-        raise ValueError(f"the first dense layer is {'missing' if layer is None else f'a {type(layer).__name__}'}. Only an nn.Linear can be merged.")
-    merged = MergedLinear(layer, model.embedding)
-    if not merged.sums and not merged.coordinates:
-        width = layer.in_features // len(model.embedding.fields)
+    layer = _first_layer(model)
+    embeddings = {path: module for path, module in model.named_modules() if type(module) is FieldEmbedding and len(_reads(module)) > 1}
+    if layer is None and not embeddings:
         raise ValueError(
-            f"nothing to merge: no field of ids has a table of less than {width / 4:g} code books (PQ, RQ, MEC, DPQ: num_subspaces, num_levels) "
-            f"or {width - 1} coordinates (LowRank, SmallDim)."
+            f"{type(model).__name__} has nothing to merge: no tables of a FieldEmbedding that the kernel reads (PQ, MEC, DPQ, RQ, VRQ, Scalar) "
+            "and no first dense layer of DeepFM, DCNv2 (not stacked) or GDCNP that takes rows of few words or coordinates (LowRank, SmallDim)."
         )
-    model.set_submodule("deep", MergedMLP(merged, nn.Sequential(*list(model.deep)[1:])))
+    if layer is not None:
+        put(model, {"deep": MergedMLP(layer, nn.Sequential(*list(model.get_submodule("deep").children())[1:]))})
+    model = put(model, {path: MergedEmbedding(embedding) for path, embedding in embeddings.items()})
     return model.eval().requires_grad_(False)
+
+
+def _first_layer(model: nn.Module) -> MergedLinear | None:
+    """The first dense layer of a model, merged, where it is one of vectors of fields alone and gains from it."""
+    if not isinstance(model, _MODELS) or type(model) not in _MODELS:  # a class derived from them may have a forward of its own
+        return None
+    layer = next(model.deep.children(), None)
+    if type(layer) is not nn.Linear or (isinstance(model, DCNv2) and model.structure == "stacked"):
+        return None
+    merged = MergedLinear(layer, model.embedding)
+    return merged if merged.sums.tables or merged.coordinates else None
+
+
+def _reads(embedding: FieldEmbedding) -> dict[int, fused.Read]:
+    """Place of a field -> its table, where it is one of which the kernel reads one row."""
+    reads = {}
+    for place, field in enumerate(embedding.fields):
+        table = embedding.table(field) if field.kind == "categorical" else None
+        if isinstance(table, Table) and (coded := table.coded()) is not None:
+            reads[place] = fused.Read(coded, table.num_embeddings, table.padding_idx)
+    return reads
+
+
+class MergedEmbedding(FieldEmbedding):
+    """A field layer whose tables are read with one call of the kernel."""
+
+    unchangeable = _UNCHANGEABLE
+
+    def __init__(self, embedding: FieldEmbedding) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(embedding.__dict__)
+        self._gather()
+
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Vectors of all fields: (B, F, D)."""
+        ids = [features[name] for name in self._names]
+        if not self._together.takes(ids):
+            return super().forward(features)
+        others = {place: self.embed(field, features[field.name]) for place, field in self._others.items()}
+        if any(vectors.dtype != torch.float32 for vectors in others.values()):
+            return super().forward(features)
+        out = torch.empty((len(ids[0]), len(self.fields), self._together.width), dtype=torch.float32, device="cpu")
+        for place, vectors in others.items():
+            out[:, place] = vectors
+        self._together.read(ids, out)
+        return out
+
+    def _gather(self) -> None:
+        """Find what can be read together."""
+        ids = torch.empty(0, dtype=torch.int64, device="cpu")
+        reads = {place: read for place, read in _reads(self).items() if fused.takes(read.coded, ids)}
+        self._together = fused.SideBySide(reads, len(self.fields))
+        self._names = [self.fields[place].name for place in reads]
+        self._others = {place: field for place, field in enumerate(self.fields) if place not in reads}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.double` and the like call."""
+        super()._apply(fn, recurse)
+        self._gather()
+        return self
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise ValueError(self.unchangeable)
 
 
 class MergedMLP(nn.Module):
@@ -80,19 +145,19 @@ class MergedLinear(nn.Module):
     """A linear layer over the vectors of fields that knows what becomes of the words and axes of their tables.
 
     Attributes:
-        sums: Place of a field -> its table as sums of words, each of which is (H,), what the layer makes of a word; number of rows; padding.
+        sums: The tables of some fields as sums of words, each of which is (H,), what the layer makes of a word.
         coordinates: Place of a field -> (V, R), padding.
         others: Places of the other fields.
         weight: (H, N), of the vectors of `others`, then of each `coordinates` and a one.
         bias: (H,).
     """
 
-    unchangeable = "a merged model is for inference alone: save, compress and report a model before leanrec.merge."
+    unchangeable = _UNCHANGEABLE
 
     def __init__(self, layer: nn.Linear, embedding: FieldEmbedding) -> None:
         super().__init__()
         self.names = [field.name for field in embedding.fields]
-        self.sums: dict[int, tuple[fused.Coded, int, int | None]] = {}
+        sums: dict[int, fused.Read] = {}
         self.coordinates: dict[int, tuple[Tensor, int | None]] = {}
         self.others: list[int] = []
         zeros = layer.weight.new_zeros(layer.out_features)
@@ -100,8 +165,8 @@ class MergedLinear(nn.Module):
         weights, weights_of_axes = [zeros.new_empty(layer.out_features, 0)], []
         for place, (field, weight) in enumerate(zip(embedding.fields, layer.weight.detach().chunk(len(embedding.fields), dim=1), strict=True)):
             table = embedding.table(field) if field.kind == "categorical" else None
-            if isinstance(table, Table) and (sums := _sums(table, weight)) is not None:
-                self.sums[place] = (sums, table.num_embeddings, table.padding_idx)
+            if isinstance(table, Table) and (coded := _sums(table, weight)) is not None:
+                sums[place] = fused.Read(coded, table.num_embeddings, table.padding_idx)
             elif isinstance(table, Table) and (axes := table.axes()) is not None:
                 coordinates, basis, mean = (values.detach() for values in axes)
                 self.coordinates[place] = (coordinates, table.padding_idx)
@@ -110,6 +175,7 @@ class MergedLinear(nn.Module):
                 self.others.append(place)
                 weights.append(weight)
         self.weight = torch.cat(weights + weights_of_axes, dim=1)
+        self.sums = fused.Sums(sums)
 
     def forward(self, vectors: Tensor, features: dict[str, Tensor]) -> Tensor:
         """What the layer makes of `vectors`, which are those of `features`: (B, F * D) -> (B, H)."""
@@ -119,22 +185,19 @@ class MergedLinear(nn.Module):
             known = (ids != (-1 if padding is None else padding)).unsqueeze(1).to(coordinates.dtype)
             inputs += [F.embedding(ids, coordinates) * known, known]
         out = F.linear(torch.cat(inputs, dim=1), self.weight, self.bias)
-        lookups = []
-        for place, (sums, num_rows, padding) in self.sums.items():
-            lookups.append(fused.Lookup(sums, features[self.names[place]], num_rows, padding))
-        return fused.add_sums(out, lookups)
+        return self.sums.add([features[self.names[place]] for place in self.sums.tables], out)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what it multiplies and adds up, without what it reads of the tables."""
-        words = sum(coded.tensors[0].nbytes for coded, _, _ in self.sums.values())
+        words = sum(table.coded.tensors[0].nbytes for table in self.sums.tables.values())
         return self.weight.nbytes + self.bias.nbytes + words
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to`, `.double` and the like call."""
         self.weight, self.bias = fn(self.weight), fn(self.bias)
-        for place, (sums, num_rows, padding) in self.sums.items():
-            self.sums[place] = (sums._replace(tensors=[fn(tensor) for tensor in sums.tensors]), num_rows, padding)
+        moved = {place: table.coded._replace(tensors=[fn(tensor) for tensor in table.coded.tensors]) for place, table in self.sums.tables.items()}
+        self.sums = fused.Sums({place: table._replace(coded=moved[place]) for place, table in self.sums.tables.items()})
         self.coordinates = {place: (fn(coordinates), padding) for place, (coordinates, padding) in self.coordinates.items()}
         return self
 

@@ -303,6 +303,14 @@ def test_ids_as_floats_are_an_error(method):
 
 
 @promise
+def test_a_change_of_precision_and_back_changes_nothing(method):
+    table = deepcopy(fitted(method))
+    torch.testing.assert_close(table.double().decode().float(), fitted(method).decode())
+    torch.testing.assert_close(table.float().decode(), fitted(method).decode())
+    assert table.nbytes == fitted(method).nbytes
+
+
+@promise
 def test_bfloat16_agrees_within_its_precision(method):
     rows = deepcopy(fitted(method)).to(torch.bfloat16).decode()
     assert rows.dtype == torch.bfloat16

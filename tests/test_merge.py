@@ -1,13 +1,14 @@
 """Merged models answer as before: the layers that were multiplied beforehand are compared with those that were not."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import leanrec
 from leanrec.data.schema import Field, Schema
-from leanrec.merge import MergedLinear
+from leanrec.merge import MergedEmbedding, MergedLinear
 from leanrec.methods import DPQ, MEC, PQ, RQ, VRQ, LowRank, Scalar, SmallDim
 from leanrec.models import build
 from leanrec.models.deepfm import DeepFM
@@ -36,7 +37,7 @@ def made(method, schema, features, name="deepfm"):
 
 def assert_merged(model, features, expected, *, num_merged):
     merged = leanrec.merge(model).deep.first
-    assert isinstance(merged, MergedLinear) and len(merged.sums) + len(merged.coordinates) == num_merged
+    assert isinstance(merged, MergedLinear) and len(merged.sums.tables) + len(merged.coordinates) == num_merged
     torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
     with fused.plain_torch():
         torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
@@ -137,27 +138,123 @@ def test_a_merged_model_is_for_inference_alone(schema, features, tmp_path):
         leanrec.merge(model)
 
 
-def test_models_that_have_nothing_to_merge_say_so(schema, features):
-    with pytest.raises(ValueError, match=r"FM has no dense layer of the vectors of fields alone. DeepFM, DCNv2"):
-        leanrec.merge(build("fm", schema))
-    with pytest.raises(ValueError, match="DCNv2 has no dense layer"):
-        leanrec.merge(build("dcnv2", schema, structure="stacked"))
-    for method in [VRQ(), Scalar(), PQ(), LowRank(rank=15)]:
-        with pytest.raises(ValueError, match=r"nothing to merge: no field of ids has a table of less than 4 code books .* or 15 coordinates"):
-            leanrec.merge(made(method, schema, features)[0])
-    with pytest.raises(ValueError, match="the first dense layer is missing"):
-        leanrec.merge(build("dcnv2", schema, hidden_units=[]))
-    with pytest.raises(ValueError, match="Own has no dense layer"):
-        leanrec.merge(type("Own", (DeepFM,), {})(schema))
-    factored = leanrec.compress_dense(made(RQ(), schema, features)[0], [features], rank=2)
-    with pytest.raises(ValueError, match="the first dense layer is a LowRankLinear"):
-        leanrec.merge(factored)
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the kernel, by name."""
+    names = []
+
+    class Kernel:
+        def __getattr__(self, name, kernel=fused._kernel):
+            if name in ("run", "run_side_by_side", "add_sums"):
+                names.append(name)
+            return getattr(kernel, name)
+
+    monkeypatch.setattr(fused, "_kernel", Kernel())
+    return names
+
+
+READ_TOGETHER = [*METHODS[:6], PQ(), VRQ(), VRQ(num_levels=8, sorted_rows=False), Scalar(), Scalar(num_bits=4)]
+
+
+@pytest.mark.parametrize("method", READ_TOGETHER, ids=lambda method: method.short())
+def test_tables_are_read_with_one_call(method, schema, features, calls):
+    model, _ = made(method, schema, features)
+    expected = model.embedding(features)
+    calls.clear()
+    found = leanrec.merge(model).embedding(features)
+    assert calls == ["run", "run_side_by_side"]  # of the list, and of the three fields of ids
+    torch.testing.assert_close(found, expected)
+    assert not (found[:3, 0] != 0).any(), "padding has zeros"
+    wide = {name: torch.stack([ids, ids], dim=1)[:, 0] if ids.dim() == 1 else ids for name, ids in features.items()}
+    torch.testing.assert_close(model.embedding({**wide, "user": features["user"].int()}), expected)
+
+
+@pytest.mark.parametrize("name", ["fm", "ipnn", "dcnv2", "fibinet"])
+def test_any_model_with_a_field_layer(name, schema, features):
+    methods = {"embedding.tables.user": VRQ(), "embedding.tables.item": Scalar(), "embedding.tables.tag": LowRank(rank=2)}
+    torch.manual_seed(3)
+    model = build(name, schema, embedding_dim=16, embedding_std=0.7).eval()
+    leanrec.compress(model, methods)
+    expected = model(features)
+    torch.testing.assert_close(leanrec.merge(model)(features), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.embedding, MergedEmbedding)
+
+
+def test_a_first_order_term_with_tables_of_its_own(schema, features):
+    torch.manual_seed(3)
+    model = build("fm", schema, embedding_dim=16, embedding_std=0.7, linear="table").eval()
+    leanrec.compress(model, Scalar())
+    expected = model(features)
+    torch.testing.assert_close(leanrec.merge(model)(features), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(model.first_order.weights, MergedEmbedding)
+
+
+@pytest.mark.parametrize("method", [VRQ(), Scalar()], ids=lambda method: method.short())
+def test_tables_read_together_in_a_copy_of_other_precision_compiled_and_without_the_kernel(method, schema, features, monkeypatch):
+    model, expected = made(method, schema, features)
+    leanrec.merge(model)
+    torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(features), expected, rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(other, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(features), expected, rtol=1e-4, atol=1e-4)
+    with fused.plain_torch():
+        torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
+    doubles = {name: values.double() if values.is_floating_point() else values for name, values in features.items()}
+    torch.testing.assert_close(other.double()(doubles).float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other.float()(features), expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model(features).float(), expected, rtol=0.1, atol=0.2)
+    monkeypatch.setattr(fused, "_kernel", None)
+    monkeypatch.setattr(fused, "_said", True)
+    torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_field_layer_of_ones_own_model(schema, features):
+    layer = made(VRQ(), schema, features)[0].embedding
+    expected = layer(features)
+    torch.testing.assert_close(leanrec.merge(layer)(features), expected)
+
+
+def test_threads_of_a_server_share_a_merged_model(schema, features):
+    model, _ = made(VRQ(codes_per_1000_rows=3000, num_levels=8), schema, features)
+    expected = leanrec.merge(model)(features)
+    parts = [{name: values[start::8] for name, values in features.items()} for start in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            found = list(threads.map(model, parts))
+            for start, answers in enumerate(found):
+                torch.testing.assert_close(answers, expected[start::8], rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_merged_says_so(schema, features):
+    wide, _ = made(LowRank(rank=15), schema, features)
+    for model in [build("fm", schema), build("dcnv2", schema, structure="stacked"), torch.nn.Linear(2, 2), wide]:
+        with pytest.raises(ValueError, match=rf"{type(model).__name__} has nothing to merge: no tables of .* and no first dense layer of DeepFM"):
+            leanrec.merge(model)
+
+
+def test_a_dense_layer_that_cannot_be_merged_is_left_alone(schema, features):
+    own, _ = made(RQ(num_levels=2), schema, features)
+    own.__class__ = type("Own", (DeepFM,), {})  # its forward may be another
+    factored = leanrec.compress_dense(made(RQ(num_levels=2), schema, features)[0], [features], rank=2)
+    stacked = build("dcnv2", schema, structure="stacked")
+    leanrec.compress(stacked, RQ(num_levels=2))
+    for model in [own, factored, stacked]:
+        expected = model.eval()(features)
+        torch.testing.assert_close(leanrec.merge(model)(features), expected, rtol=1e-4, atol=1e-4)
+        assert not any(isinstance(module, MergedLinear) for module in model.modules())
 
 
 def test_ids_outside_of_a_table_are_refused(schema, features):
     model, _ = made(RQ(num_levels=2, num_centroids=8), schema, features)
-    layer = leanrec.merge(model).deep.first
-    for wrong in (-1, 30):
-        vectors = model.embedding(features).flatten(1)
-        with pytest.raises(IndexError, match="row 7"):
-            layer(vectors, {**features, "user": features["user"].index_fill(0, torch.tensor([7]), wrong)})
+    leanrec.merge(model)
+    vectors = model.embedding(features).flatten(1)
+    for wrong in (-1, 20):
+        ids = {**features, "last": features["last"].index_fill(0, torch.tensor([7]), wrong)}
+        with pytest.raises(IndexError, match=f"id {wrong} is outside the table's rows 0 to 19"):
+            model.embedding(ids)
+        with pytest.raises(IndexError, match=f"id {wrong} is outside the table's rows 0 to 19"):
+            model.deep.first(vectors, ids)
+    with pytest.raises(ValueError, match=r"3 tables need 64 ids each, but are given \[64, 64, 63\]"):
+        model.embedding({**features, "last": features["last"][1:]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -125,6 +125,9 @@ class Table(nn.Module, ABC):
 
     Everything it needs to answer is a parameter or a registered buffer: saved, moved by `.to()` and counted by `nbytes`.
     """
+
+    halves: ClassVar[Sequence[str]] = ()
+    """Buffers of float16 that stay so, as they are stored, whatever precision the table is asked to have."""
 
     def __init__(self, method: Method, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -264,6 +267,15 @@ class Table(nn.Module, ABC):
         if weight.shape != (self.num_embeddings, self.embedding_dim):
             given = " x ".join(str(size) for size in weight.shape)
             raise ValueError(f"the weight to fit is {given}, but the table is {self.num_embeddings} x {self.embedding_dim}. Give one of that shape.")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `.to`, `.float` and the like call."""
+        for name in self.halves:
+            self._buffers[name] = self.get_buffer(name).view(torch.int16)  # whole numbers go to other devices, but to no other precision
+        super()._apply(fn, recurse)
+        for name in self.halves:
+            self._buffers[name] = self.get_buffer(name).view(torch.float16)
+        return self
 
     def extra_repr(self) -> str:
         """Shape and settings, for `print(model)`."""

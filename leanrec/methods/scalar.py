@@ -69,6 +69,7 @@ class ScalarTable(StreamingTable):
     """
 
     row_parts = ("packed_codes", "scales")
+    halves = ("scales",)
     method: Scalar
     packed_codes: Tensor
     scales: Tensor

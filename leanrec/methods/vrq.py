@@ -150,6 +150,7 @@ class VRQTable(StreamingTable):
     borders: Tensor
     packed_words: Tensor
     scales: Tensor
+    halves = ("scales",)
 
     def __init__(self, method: VRQ, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(method, num_embeddings, embedding_dim, generator=generator)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ except ImportError:
 
 _FINE, _BAD_BORDERS, _BAD_OFFSETS = -1, -2, -3  # what the kernel answers beside the place of an id out of range
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+_CPU = torch.device("cpu")
+_IDS = (torch.int64, torch.int32)
 _enabled = True
 
 
@@ -44,15 +47,6 @@ class Coded(NamedTuple):
     tensors: list[Tensor]
     numbers: list[int]
     width: int
-
-
-class Lookup(NamedTuple):
-    """Ids (N,) int32 or int64 of a table of `num_rows`, in the layout "sum"; `padding` is the id for which nothing is there."""
-
-    coded: Coded
-    ids: Tensor
-    num_rows: int
-    padding: int | None
 
 
 def concat(packed_codes: Tensor, codebooks: Tensor, num_bits: int, width: int) -> Coded:
@@ -84,9 +78,9 @@ def levels(
 ) -> Coded | None:
     """Rows of falling length: a mean and a word of 4-bit values of each level that a row has; see `VRQTable` for the tensors.
 
-    None where D is odd, so that words begin within bytes.
+    None where D is odd, so that words begin within bytes, and where scales are no float16.
     """
-    if width % 2:
+    if width % 2 or scales.dtype != torch.float16:
         return None
     ranks = [] if packed_ranks is None else [packed_ranks]
     return Coded("levels", [mean, packed_codes, borders, packed_words, scales, *ranks], [num_bits, rank_bits], width)
@@ -155,37 +149,101 @@ def bags(coded: Coded, ids: Tensor, offsets: Tensor, *, num_rows: int, padding: 
     return _read(ids, coded, num_rows, -1 if padding is None else padding, offsets, weights, mean=mean)
 
 
-def add_sums(out: Tensor, lookups: Sequence[Lookup]) -> Tensor:
-    """Adds to each row of `out`, (N, D) float32, the rows that N ids have in each of several tables of sums; without a gradient. Returns `out`.
+class Read(NamedTuple):
+    """A table that one of several reads with the others: what it is, how many rows it has, and the id for which zeros are answered."""
 
-    Raises:
-        IndexError: An id outside of its table.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    is_plain = out.is_cpu and out.dtype == torch.float32 and out.is_contiguous()  # it is not under autocast, for one
-    if traced or not is_plain or not lookups or not all(takes(lookup.coded, lookup.ids) and lookup.ids.is_cpu for lookup in lookups):
-        return _add_sums_by_torch(out, lookups)
-    numbers = []
-    held = []  # for as long as the kernel reads
-    for (_, (codebooks, packed_codes), (num_bits,), _), ids, num_rows, padding in lookups:
-        books, ids = codebooks.contiguous(), ids.contiguous() if ids.dtype in (torch.int32, torch.int64) else ids.long()
-        held += [books, ids]
-        assert ids.shape == (len(out),)
-        codes = [packed_codes.data_ptr(), packed_codes.numel(), num_bits, books.data_ptr(), len(books), books.shape[1]]
-        numbers.append([*codes, ids.data_ptr(), int(ids.dtype == torch.int64), num_rows, -1 if padding is None else padding])
-    table = torch.tensor(numbers, device="cpu")
-    bad = _kernel.add_sums(table.data_ptr(), len(numbers), len(out), out.data_ptr(), out.shape[1], torch.get_num_threads())
-    if bad != _FINE:
-        raise IndexError(f"an id in row {bad} is outside of its table.")
-    return out
+    coded: Coded
+    num_rows: int
+    padding: int | None
 
 
-def _add_sums_by_torch(out: Tensor, lookups: Sequence[Lookup]) -> Tensor:
-    for (_, (codebooks, packed_codes), (num_bits,), _), ids, _, padding in lookups:
-        codes = unpack_rows(packed_codes, ids.long(), len(codebooks), num_bits).unbind(1)
-        rows = sum((book[code] for book, code in zip(codebooks, codes, strict=True)), start=torch.zeros_like(out))
-        out += rows if padding is None else rows.masked_fill((ids == padding).unsqueeze(1), 0.0)
-    return out
+class Together(ABC):
+    """Several tables on a CPU that are read with one call of the kernel, without a gradient; where they are to be moved, make it anew."""
+
+    def __init__(self, tables: Mapping[int, Read]) -> None:
+        """What is read.
+
+        Args:
+            tables: Place -> a table that the kernel `takes`; all of one width.
+        """
+        self.tables = dict(tables)
+        self._made: list[Any] = []
+        self._held: list[Tensor] = []
+
+    def takes(self, ids: Sequence[Tensor]) -> bool:
+        """Whether the kernel answers for (N,) ids of each table: not where a program is traced or compiled."""
+        if not self.tables or not _enabled or _kernel is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        return all(type(each) is Tensor and each.dtype in _IDS and each.is_cpu and each.dim() == 1 for each in ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": [], "_held": []}  # addresses, which are not those of a copy
+
+    def _run(self, run: Any, ids: Sequence[Tensor], out: Tensor) -> None:
+        ids = [each.long().contiguous() for each in ids]
+        if len(ids) != len(self.tables) or any(len(each) != len(out) for each in ids):
+            raise ValueError(f"{len(self.tables)} tables need {len(out)} ids each, but are given {[len(each) for each in ids]}.")
+        assert out.is_contiguous() and out.dtype == torch.float32
+        self._made = self._made or [self._make(place, *table) for place, table in self.tables.items()]
+        bad = run(self._made, [each.data_ptr() for each in ids], len(out), out.data_ptr(), torch.get_num_threads())
+        if bad != _FINE:
+            number, row = divmod(bad, len(out)) if bad >= 0 else (0, bad)
+            raise _refusal(row, ids[number], list(self.tables.values())[number].num_rows)
+
+    @abstractmethod
+    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None) -> Any:
+        """A table as the kernel takes it; what has to last as long goes to `_held`."""
+
+
+class SideBySide(Together):
+    """Tables whose rows go to places next to one another."""
+
+    def __init__(self, tables: Mapping[int, Read], num_places: int) -> None:
+        super().__init__(tables)
+        self.num_places = num_places
+        self.width = next((table.coded.width for table in self.tables.values()), 0)
+
+    def read(self, ids: Sequence[Tensor], out: Tensor) -> None:
+        """Write the rows for (N,) ids of each table to its place in `out`, (N, F, D) float32; what is in other places stays.
+
+        Raises:
+            IndexError: An id outside of its table.
+            ValueError: Not as many ids of one table as of another.
+        """
+        self._run(_kernel.run_side_by_side, ids, out)
+
+    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None) -> Any:
+        slot, stride, skipped = 4 * coded.width * place, coded.width * self.num_places, -1 if padding is None else padding
+        call = _kernel.Call(0, True, 0, num_rows, skipped, 0, 0, 0, False, slot, coded.width, stride)  # `run` fills in the zeros that stand for ids
+        return _READS[coded.layout](call, coded.tensors, coded.numbers, self._held)
+
+
+class Sums(Together):
+    """Tables in the layout "sum" whose rows are added up."""
+
+    def add(self, ids: Sequence[Tensor], out: Tensor) -> Tensor:
+        """`out`, (N, D), with the rows that (N,) ids have in each table added to it in place; by torch where the kernel cannot.
+
+        Raises:
+            IndexError: An id outside of its table.
+            ValueError: Not as many ids of one table as of another.
+        """
+        is_plain = out.is_cpu and out.dtype == torch.float32 and out.is_contiguous()  # it is not under autocast, for one
+        if is_plain and self.takes(ids):
+            self._run(_kernel.add_sums, ids, out)
+            return out
+        for ((_, (codebooks, packed_codes), (num_bits,), _), _, padding), each in zip(self.tables.values(), ids, strict=True):
+            codes = unpack_rows(packed_codes, each.long(), len(codebooks), num_bits).unbind(1)
+            rows = sum((book[code] for book, code in zip(codebooks, codes, strict=True)), start=torch.zeros_like(out))
+            out += rows if padding is None else rows.masked_fill((each == padding).unsqueeze(1), 0.0)
+        return out
+
+    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None) -> Any:
+        codebooks, packed_codes = coded.tensors
+        self._held.append(codebooks.contiguous())
+        books, (num_books, num_words, _) = self._held[-1].data_ptr(), codebooks.shape
+        codes, skipped = (packed_codes.data_ptr(), packed_codes.numel(), coded.numbers[0]), -1 if padding is None else padding
+        return _kernel.Lookup(*codes, books, num_books, num_words, coded.width, num_rows, skipped)
 
 
 @contextmanager
@@ -203,49 +261,59 @@ def _read(
     ids: Tensor, coded: Coded, num_rows: int, padding: int, offsets: Tensor | None = None, weights: Tensor | None = None, *, mean: bool = False
 ) -> Tensor:
     """Rows, or with `offsets` pooled ones. A batch may be one id: every call here counts."""
-    if not ids.is_contiguous():
-        ids = ids.contiguous()
-    long_ids = ids.dtype == torch.int64
-    if not long_ids and ids.dtype != torch.int32:
-        ids, long_ids = ids.long(), True
+    ids = _as_kernel_reads(ids)
     width, num_ids = coded.width, ids.numel()
     num_bags, first_offset = (0, 0) if offsets is None else (len(offsets) - 1, offsets.data_ptr())
     # As `torch.empty`, in two thirds of its time.
-    out = torch.empty_strided((num_ids if offsets is None else num_bags, width), (width, 1), dtype=torch.float32, device="cpu")
+    out = torch.empty_strided((num_ids if offsets is None else num_bags, width), (width, 1), dtype=torch.float32, device=_CPU)
     first_weight = 0 if weights is None else weights.data_ptr()
-    threads = torch.get_num_threads()
+    long_ids = ids.dtype == torch.int64
     call = _kernel.Call(
-        ids.data_ptr(), long_ids, num_ids, num_rows, padding, first_offset, first_weight, num_bags, mean, out.data_ptr(), width, threads
+        ids.data_ptr(), long_ids, num_ids, num_rows, padding, first_offset, first_weight, num_bags, mean, out.data_ptr(), width, width
     )
-    bad = _CALLS[coded.layout](call, coded.tensors, coded.numbers)
+    held: list[Tensor] = []
+    bad = _kernel.run(_READS[coded.layout](call, coded.tensors, coded.numbers, held), torch.get_num_threads())
     if bad == _FINE:
         return out if ids.dim() == 1 or offsets is not None else out.view(*ids.shape, width)
-    if bad == _BAD_BORDERS:
-        raise ValueError("the borders of the table's levels do not fit its codes: the file that it was loaded from is damaged.")
     if bad == _BAD_OFFSETS:
         raise ValueError(f"offsets of bags must begin at 0, never fall and end at {num_ids}, the number of ids, at most.")
-    raise IndexError(f"id {int(ids.reshape(-1)[bad])} is outside the table's rows 0 to {num_rows - 1}.")
+    raise _refusal(bad, ids, num_rows)
 
 
-def _call_books(name: str) -> Any:
-    def call(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+def _as_kernel_reads(ids: Tensor) -> Tensor:
+    """Ids of 32 or 64 bits, one after the other."""
+    if not ids.is_contiguous():
+        ids = ids.contiguous()
+    return ids if ids.dtype in _IDS else ids.long()
+
+
+def _refusal(bad: int, ids: Tensor, num_rows: int) -> Exception:
+    """What is wrong, where the kernel answered something else than `_FINE`."""
+    if bad == _BAD_BORDERS:
+        return ValueError("the borders of the table's levels do not fit its codes: the file that it was loaded from is damaged.")
+    return IndexError(f"id {int(ids.reshape(-1)[bad])} is outside the table's rows 0 to {num_rows - 1}.")
+
+
+def _reads_books(name: str) -> Any:
+    def read(call: Any, tensors: list[Tensor], numbers: list[int], held: list[Tensor]) -> Any:
         codebooks, packed_codes = tensors
         num_books, num_words, _ = codebooks.shape
         if not codebooks.is_contiguous():
             codebooks = codebooks.contiguous()
+            held.append(codebooks)
         return getattr(_kernel, name)(call, packed_codes.data_ptr(), packed_codes.numel(), numbers[0], codebooks.data_ptr(), num_books, num_words)
 
-    return call
+    return read
 
 
-def _call_byte_sums(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+def _read_byte_sums(call: Any, tensors: list[Tensor], numbers: list[int], held: list[Tensor]) -> Any:
     scales, packed_codes, words = tensors
     num_books, num_words, _ = words.shape
     place, nbytes = packed_codes.data_ptr(), packed_codes.numel()
     return _kernel.byte_sum(call, place, nbytes, numbers[0], words.data_ptr(), num_books, num_words, scales.data_ptr())
 
 
-def _call_levels(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+def _read_levels(call: Any, tensors: list[Tensor], numbers: list[int], held: list[Tensor]) -> Any:
     mean, packed_codes, borders, packed_words, scales, *ranks = tensors
     place, nbytes = (ranks[0].data_ptr(), ranks[0].numel()) if ranks else (0, 0)
     return _kernel.levels(
@@ -265,12 +333,13 @@ def _call_levels(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
     )
 
 
-def _call_scaled(call: Any, tensors: list[Tensor], numbers: list[int]) -> int:
+def _read_scaled(call: Any, tensors: list[Tensor], numbers: list[int], held: list[Tensor]) -> Any:
     scales, packed_codes = tensors
     return _kernel.scaled(call, packed_codes.data_ptr(), numbers[0], scales.data_ptr(), numbers[1], scales.shape[1])
 
 
-_CALLS = {"concat": _call_books("concat"), "sum": _call_books("sum"), "byte_sum": _call_byte_sums, "levels": _call_levels, "scaled": _call_scaled}
+# Layout -> what the kernel is to run for a call and a table; `held` takes tensors that must last until then.
+_READS = {"concat": _reads_books("concat"), "sum": _reads_books("sum"), "byte_sum": _read_byte_sums, "levels": _read_levels, "scaled": _read_scaled}
 
 
 @torch.library.custom_op("leanrec::rows", mutates_args=())

@@ -5,6 +5,7 @@
 // Tensors come as addresses, so nothing here needs torch. N ids, V rows, D columns, K words of a code book.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 #ifdef _OPENMP
 #include <omp.h>
 #include <pthread.h>
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <system_error>
 #include <thread>
+#include <variant>
 #include <vector>
 
 namespace nb = nanobind;
@@ -439,12 +441,12 @@ struct Call {
     int64_t num_bags;
     bool mean;
     uintptr_t out;
-    int64_t width, num_threads;
+    int64_t width, stride;  // stride: floats from one row of `out` to the next
 
     Call(uintptr_t ids, bool long_ids, int64_t num_ids, int64_t num_rows, int64_t padding, uintptr_t offsets, uintptr_t weights, int64_t num_bags,
-         bool mean, uintptr_t out, int64_t width, int64_t num_threads)
+         bool mean, uintptr_t out, int64_t width, int64_t stride)
         : ids(ids), long_ids(long_ids), num_ids(num_ids), num_rows(num_rows), padding(padding), offsets(offsets), weights(weights),
-          num_bags(num_bags), mean(mean), out(out), width(width), num_threads(num_threads) {}
+          num_bags(num_bags), mean(mean), out(out), width(width), stride(stride) {}
 };
 
 template <class Id, class Reader>
@@ -454,8 +456,8 @@ INLINE int64_t read_rows(const Call& call, const Reader& reader, int64_t begin, 
     for (int64_t place = begin; place < end; ++place) {
         const int64_t id = ids[place];
         if (uint64_t(id) >= uint64_t(call.num_rows)) return place;
-        if (place + kAhead < end && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) reader.prefetch(ids[place + kAhead]);
-        float* row = out + place * call.width;
+        if (place + kAhead < call.num_ids && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) reader.prefetch(ids[place + kAhead]);
+        float* row = out + place * call.stride;
         if (id == call.padding) {
             std::fill(row, row + call.width, 0.0f);
         } else {
@@ -472,7 +474,7 @@ INLINE int64_t read_bags(const Call& call, const Reader& reader, int64_t begin, 
     const float* weights = reinterpret_cast<const float*>(call.weights);
     const int64_t last = offsets[end];
     for (int64_t bag = begin; bag < end; ++bag) {
-        float* row = reinterpret_cast<float*>(call.out) + bag * call.width;
+        float* row = reinterpret_cast<float*>(call.out) + bag * call.stride;
         std::fill(row, row + call.width, 0.0f);
         int64_t counted = 0;
         for (int64_t place = offsets[bag]; place < offsets[bag + 1]; ++place) {
@@ -540,15 +542,37 @@ void share(int64_t count, int64_t num_threads, const Work& work) {
 #endif
 }
 
-template <class Reader>
-int64_t run(const Call& call, const Reader& reader) {
-    if (call.offsets && !bags_fit(call)) return kBadOffsets;
-    const int64_t count = call.offsets ? call.num_bags : call.num_ids;
-    const int64_t useful = call.num_ids * call.width / kValuesPerThread;
+// A call with the table that answers it.
+struct Read {
+    Call call;
+    std::variant<Concat, Sum, ByteSum, Levels, Scaled<8>, Scaled<4>, Scaled<2>> reader;
+    std::vector<float> room = {};  // of `reader`
+
+    int64_t prepare() {
+        if (call.offsets && !bags_fit(call)) return kBadOffsets;
+        Levels* levels = std::get_if<Levels>(&reader);
+        return !levels || levels->prepare(call.num_ids, room) ? kFine : kBadBorders;
+    }
+
+    int64_t count() const { return call.offsets ? call.num_bags : call.num_ids; }
+};
+
+// Answers calls of equally many ids, or one call of any kind: kFine, a fault, or the place of an id out of range, those of the second call after
+// all of the first.
+int64_t run(const std::vector<Read*>& reads, int64_t num_threads) {
+    int64_t num_values = 0;
+    for (Read* read : reads) {
+        if (const int64_t fault = read->prepare(); fault != kFine) return fault;
+        num_values += read->call.num_ids * read->call.width;
+    }
+    const int64_t count = reads[0]->count();
     std::atomic<int64_t> bad{kFine};
-    share(count, std::clamp<int64_t>(std::min(useful, count), 1, std::max<int64_t>(call.num_threads, 1)), [&](int64_t begin, int64_t end) {
-        const int64_t found = part(call, reader, begin, end);
-        if (found >= 0) bad = found;
+    share(count, std::clamp<int64_t>(std::min(num_values / kValuesPerThread, count), 1, std::max<int64_t>(num_threads, 1)), [&](int64_t begin, int64_t end) {
+        for (size_t number = 0; number < reads.size(); ++number) {
+            const Call& call = reads[number]->call;
+            const int64_t found = std::visit([&](const auto& reader) { return part(call, reader, begin, end); }, reads[number]->reader);
+            if (found >= 0) bad = int64_t(number) * call.num_ids + found;
+        }
     });
     return bad;
 }
@@ -574,22 +598,24 @@ FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t pad
 // Where the ids of a batch are looked up in one of several tables whose rows are sums of words.
 struct Lookup {
     Books<float> books;
-    uintptr_t ids;
-    bool long_ids;
     int64_t num_rows, padding;
+    const int64_t* ids = nullptr;
 
-    INLINE int64_t id(int64_t place) const { return long_ids ? reinterpret_cast<const int64_t*>(ids)[place] : reinterpret_cast<const int32_t*>(ids)[place]; }
+    Lookup(uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t words, int64_t num_books, int64_t num_words, int64_t width, int64_t num_rows, int64_t padding)
+        : books{{reinterpret_cast<const uint8_t*>(codes), nbytes, bits}, reinterpret_cast<const float*>(words), num_books, num_words, width},
+          num_rows(num_rows), padding(padding) {}
 };
 
-// out += the sums of the words that ids of a place stand for; the place of an id out of range, or kFine.
-FOR_EACH_CPU int64_t add_sums(const std::vector<Lookup>& lookups, float* out, int64_t width, int64_t begin, int64_t end) {
+// out += the sums of the words that ids of a place stand for; kFine, or as `run` tells of an id out of range.
+FOR_EACH_CPU int64_t add_sums(const std::vector<Lookup>& lookups, int64_t num_ids, float* out, int64_t begin, int64_t end) {
+    const int64_t width = lookups[0].books.width;
     std::vector<const float*> words;
     for (int64_t place = begin; place < end; ++place) {
         words.clear();
         for (const Lookup& lookup : lookups) {
-            const int64_t id = lookup.id(place);
-            if (uint64_t(id) >= uint64_t(lookup.num_rows)) return place;
-            if (place + kAhead < end && uint64_t(lookup.id(place + kAhead)) < uint64_t(lookup.num_rows)) lookup.books.prefetch(lookup.id(place + kAhead));
+            const int64_t id = lookup.ids[place];
+            if (uint64_t(id) >= uint64_t(lookup.num_rows)) return (&lookup - &lookups[0]) * num_ids + place;
+            if (place + kAhead < num_ids && uint64_t(lookup.ids[place + kAhead]) < uint64_t(lookup.num_rows)) lookup.books.prefetch(lookup.ids[place + kAhead]);
             if (id == lookup.padding) continue;
             for (int64_t book = 0; book < lookup.books.num_books; ++book) words.push_back(lookup.books.word<false>(id, book, width));
         }
@@ -620,45 +646,58 @@ NB_MODULE(_kernel, m) {
 #endif
     nb::class_<Call>(m, "Call").def(
         nb::init<uintptr_t, bool, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, int64_t, int64_t>());
+    nb::class_<Read>(m, "Read");
     m.def("concat", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
-        nb::gil_scoped_release release;
-        return run(call, Concat{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books}});
+        return Read{call, Concat{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books}}};
     });
     m.def("sum", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
-        nb::gil_scoped_release release;
-        return run(call, Sum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width}});
+        return Read{call, Sum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width}}};
     });
     m.def("byte_sum", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words, uintptr_t scales) {
-        nb::gil_scoped_release release;
-        return run(call, ByteSum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const int8_t*>(books), num_books, num_words, call.width}, at<const float*>(scales)});
+        return Read{call, ByteSum{{{at<const uint8_t*>(codes), nbytes, bits}, at<const int8_t*>(books), num_books, num_words, call.width}, at<const float*>(scales)}};
     });
     m.def("levels", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t ranks, int64_t ranks_nbytes, int64_t rank_bits,
                        uintptr_t mean, uintptr_t borders, int64_t num_levels, uintptr_t words, uintptr_t scales, int64_t num_words) {
-        nb::gil_scoped_release release;
-        Levels reader{{at<const uint8_t*>(codes), nbytes, bits}, {at<const uint8_t*>(ranks), ranks_nbytes, rank_bits}, at<const float*>(mean),
-                      at<const int64_t*>(borders), at<const uint8_t*>(words), at<const uint16_t*>(scales), num_levels, num_words, call.width, call.num_rows};
-        std::vector<float> room;
-        return reader.prepare(call.num_ids, room) ? run(call, reader) : kBadBorders;
+        return Read{call, Levels{{at<const uint8_t*>(codes), nbytes, bits}, {at<const uint8_t*>(ranks), ranks_nbytes, rank_bits}, at<const float*>(mean),
+                                 at<const int64_t*>(borders), at<const uint8_t*>(words), at<const uint16_t*>(scales), num_levels, num_words, call.width,
+                                 call.num_rows}};
     });
     m.def("scaled", [](const Call& call, uintptr_t codes, int64_t bits, uintptr_t scales, int64_t group, int64_t num_groups) {
-        nb::gil_scoped_release release;
         const auto* bytes = at<const uint8_t*>(codes);
         const auto* halves = at<const uint16_t*>(scales);
-        if (bits == 8) return run(call, Scaled<8>{bytes, halves, call.width, group, num_groups});
-        if (bits == 4) return run(call, Scaled<4>{bytes, halves, call.width, group, num_groups});
-        return run(call, Scaled<2>{bytes, halves, call.width, group, num_groups});
+        if (bits == 8) return Read{call, Scaled<8>{bytes, halves, call.width, group, num_groups}};
+        if (bits == 4) return Read{call, Scaled<4>{bytes, halves, call.width, group, num_groups}};
+        return Read{call, Scaled<2>{bytes, halves, call.width, group, num_groups}};
     });
-    // `numbers` has a row for each look-up: codes, nbytes, bits, books, num_books, num_words, ids, long_ids, num_rows, padding.
-    m.def("add_sums", [](uintptr_t numbers, int64_t num_lookups, int64_t num_ids, uintptr_t out, int64_t width, int64_t num_threads) {
+    m.def("run", [](Read& read, int64_t num_threads) {
+        nb::gil_scoped_release release;
+        return run({&read}, num_threads);
+    });
+    // Of copies, since other threads may be using `reads`; `out` of each is how far from the first its place is.
+    m.def("run_side_by_side", [](const std::vector<Read*>& reads, const std::vector<uintptr_t>& ids, int64_t num_ids, uintptr_t out, int64_t num_threads) {
+        nb::gil_scoped_release release;
+        std::vector<Read> own;
+        std::vector<Read*> each;
+        own.reserve(reads.size());
+        for (size_t number = 0; number < reads.size(); ++number) {
+            Read& read = own.emplace_back(*reads[number]);
+            read.call.ids = ids.at(number);
+            read.call.num_ids = num_ids;
+            read.call.out += out;
+            each.push_back(&read);
+        }
+        return run(each, num_threads);
+    });
+    nb::class_<Lookup>(m, "Lookup")
+        .def(nb::init<uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>());
+    m.def("add_sums", [](const std::vector<const Lookup*>& given, const std::vector<uintptr_t>& ids, int64_t num_ids, uintptr_t out, int64_t num_threads) {
         nb::gil_scoped_release release;
         std::vector<Lookup> lookups;
-        for (const int64_t* row = at<const int64_t*>(numbers); int64_t(lookups.size()) < num_lookups; row += 10) {
-            lookups.push_back({{{at<const uint8_t*>(row[0]), row[1], row[2]}, at<const float*>(row[3]), row[4], row[5], width}, uintptr_t(row[6]), row[7] != 0, row[8], row[9]});
-        }
+        for (size_t number = 0; number < given.size(); ++number) lookups.emplace_back(*given[number]).ids = at<const int64_t*>(ids.at(number));
         std::atomic<int64_t> bad{kFine};
-        const int64_t useful = num_ids * num_lookups * width / kValuesPerThread;
+        const int64_t useful = num_ids * int64_t(lookups.size()) * lookups.at(0).books.width / kValuesPerThread;
         share(num_ids, std::clamp<int64_t>(std::min(useful, num_ids), 1, std::max<int64_t>(num_threads, 1)), [&](int64_t begin, int64_t end) {
-            const int64_t found = add_sums(lookups, at<float*>(out), width, begin, end);
+            const int64_t found = add_sums(lookups, num_ids, at<float*>(out), begin, end);
             if (found >= 0) bad = found;
         });
         return bad.load();
