@@ -17,6 +17,7 @@
 #include <cstring>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -449,20 +450,49 @@ struct Call {
           num_bags(num_bags), mean(mean), out(out), width(width), stride(stride) {}
 };
 
+// Where the rows of ids lie that were read a moment ago: a batch of a log has some ids many times, and those have the most words.
+template <bool Used>
+struct Seen {
+    INLINE const float* find(int64_t) const { return nullptr; }
+    INLINE void put(int64_t, const float*) {}
+};
+
+template <>
+struct Seen<true> {
+    static constexpr int kBits = 9;
+    int64_t ids[1 << kBits];
+    const float* rows[1 << kBits];
+
+    Seen() { std::fill(std::begin(ids), std::end(ids), int64_t{-1}); }
+
+    static INLINE uint64_t slot(int64_t id) { return uint64_t(id) * 0x9E3779B97F4A7C15u >> (64 - kBits); }
+
+    INLINE const float* find(int64_t id) const { return ids[slot(id)] == id ? rows[slot(id)] : nullptr; }
+
+    INLINE void put(int64_t id, const float* row) {
+        ids[slot(id)] = id;
+        rows[slot(id)] = row;
+    }
+};
+
 template <class Id, class Reader>
 INLINE int64_t read_rows(const Call& call, const Reader& reader, int64_t begin, int64_t end) {
     const Id* ids = reinterpret_cast<const Id*>(call.ids);
     float* out = reinterpret_cast<float*>(call.out);
+    Seen<std::is_same<Reader, Levels>::value> seen;
     for (int64_t place = begin; place < end; ++place) {
         const int64_t id = ids[place];
         if (uint64_t(id) >= uint64_t(call.num_rows)) return place;
         if (place + kAhead < call.num_ids && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) reader.prefetch(ids[place + kAhead]);
         float* row = out + place * call.stride;
-        if (id == call.padding) {
+        if (const float* same = seen.find(id)) {
+            std::memcpy(row, same, call.width * sizeof(float));
+        } else if (id == call.padding) {
             std::fill(row, row + call.width, 0.0f);
         } else {
             reader.template read<false>(id, 1.0f, row);
         }
+        seen.put(id, row);
     }
     return kFine;
 }
