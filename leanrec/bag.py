@@ -79,7 +79,7 @@ class TableBag(nn.Module):
         coded = self.table.coded()
         if coded is None or not input.is_cpu or not fused.takes(coded, input) or torch.compiler.is_compiling():
             return None
-        if self.mode == "max" or self.table.padding_idx is not None:
+        if self.mode == "max" or self.table.padding_idx not in (None, self.padding_idx):
             return None
         if torch.is_grad_enabled() and (coded.tensors[0].requires_grad or (weights is not None and weights.requires_grad)):
             return None
