@@ -14,6 +14,7 @@ from leanrec.data.batch import Batch
 from leanrec.data.schema import Schema
 
 RowGroup = tuple[Path, int, int]  # file, row group, rows
+BUFFER_NBYTES = 256 << 20
 
 
 class Loader:
@@ -23,22 +24,27 @@ class Loader:
     shuffled and cut into batches. The rows of a batch depend on seed, epoch and position only, so an interrupted epoch goes on where it
     stopped without reading what is done. The last batch of a buffer may be smaller.
 
+    A log is mostly in the order of time. Where the buffer holds a part of it, items that were popular at one time come together, and a model
+    forgets those of the last buffer: the buffer should hold the log, or many row groups of it.
+
     Args:
         folder: What `leanrec prepare` wrote.
         split: "train", "valid" or "test".
         schema: The log's fields.
         batch_size: Rows in a batch.
         seed: Source of the shuffling; None keeps the order of the files.
-        buffer_rows: Rows that are held and shuffled together, at least one row group.
+        buffer_rows: Rows that are held and shuffled together, at least one row group. None: what 256 MiB hold, lists being as long as they may.
 
     Raises:
         ValueError: The split is missing or a file cannot be read.
     """
 
-    def __init__(self, folder: Path, split: str, schema: Schema, *, batch_size: int, seed: int | None = None, buffer_rows: int = 1 << 20) -> None:
+    def __init__(self, folder: Path, split: str, schema: Schema, *, batch_size: int, seed: int | None = None, buffer_rows: int | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        self.schema, self.batch_size, self.seed, self.buffer_rows = schema, batch_size, seed, buffer_rows
+        self.schema, self.batch_size, self.seed = schema, batch_size, seed
+        values = 1 + sum(field.max_length if field.is_list else 1 for field in schema.fields)  # of a row, 4 bytes each
+        self.buffer_rows = BUFFER_NBYTES // (4 * values) if buffer_rows is None else buffer_rows
         self.columns = [field.name for field in schema.fields] + [schema.label]
         self.groups = _row_groups(folder, split, self.columns)
         self.num_rows = sum(rows for _, _, rows in self.groups)
@@ -62,6 +68,7 @@ class Loader:
             order = self._order(epoch, number, columns.num_rows)
             for batch in range(start, in_buffer):
                 yield columns.take(order[batch * self.batch_size : (batch + 1) * self.batch_size])
+            del columns  # before the next ones are read
             start = 0
 
     def _batches_in(self, buffer: Sequence[RowGroup]) -> int:

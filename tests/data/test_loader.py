@@ -93,6 +93,18 @@ def test_a_small_buffer_reads_no_more_than_it_holds(folder, monkeypatch):
     assert len(read) == 2
 
 
+def test_the_usual_buffer_is_of_bytes_and_shuffles_a_log_that_fits_as_a_whole(folder, monkeypatch):
+    loader = Loader(folder, "train", SCHEMA, batch_size=64, seed=0)
+    assert [len(buffer) for buffer in loader._buffers(0)] == [10]
+    first = next(loader.batches()).features["user"]
+    assert len((first // 100).unique()) > 5, "rows of many row groups come together"
+    values = 4 + max(SCHEMA.fields[1].max_length, 1)  # user, price, item and label beside the tags
+    monkeypatch.setattr("leanrec.data.loader.BUFFER_NBYTES", 4 * values * 250)
+    loader = Loader(folder, "train", SCHEMA, batch_size=64, seed=0)
+    assert loader.buffer_rows == 250
+    assert [len(buffer) for buffer in loader._buffers(0)] == [3, 2, 3, 2]
+
+
 def test_missing_split_truncated_file_and_missing_column_are_one_line_errors(folder):
     with pytest.raises(ValueError, match=r"valid: no Parquet files here"):
         Loader(folder, "valid", SCHEMA, batch_size=64)
