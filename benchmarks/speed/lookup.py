@@ -29,7 +29,7 @@ COLUMNS = 64
 BATCHES = 16  # different ones, so that no cache learns them
 _BOOKS = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "rq_bytes": RQ(num_levels=5, word_bits=8)}
 _WORDS = "a word of a code book is read for each code of a row, from the second-level cache, where a float32 row is copied once"
-_PYTHON = "Python takes this time to find the tensors and ask for the output, not the kernel; nn.Embedding, called as a module is too, is beside it"
+_PYTHON = "Python takes this time, once for each table, not the kernel; `lookup_one_row_of_26` is what it comes to in a model"
 _BESIDE = ("torch", "nn.Embedding", "dense part", "embedding after the other", "kernel after the other")  # shown where they were measured
 _NOTES = {
     **{f"lookup_one_row_{name}": _PYTHON for name in ("pq", "rq", "rq_bytes", "vrq", "int8")},
@@ -86,40 +86,67 @@ def one_row() -> None:
 
 
 def deepfm() -> None:
-    """The whole forward pass of DeepFM with 26 tables."""
+    """The whole forward pass of DeepFM with 26 tables, and one row of each of them."""
     rows, columns, batch = 1_000_000, 32, 4096
     schema = Schema(
         label="label",
         fields=tuple(Field(name=f"c{number}", kind="categorical", vocabulary=f"c{number}", num_embeddings=rows) for number in range(26)),
     )
     full = build("deepfm", schema, embedding_dim=columns).eval()
-    batches = [{f"c{number}": _zipf(rows, batch, seed=number + 100 * turn) for number in range(26)} for turn in range(BATCHES)]
     methods = {
         "pq": PQ(num_subspaces=2),
         "rq": RQ(num_levels=2),
         "rq_bytes": RQ(num_levels=2, word_bits=8),
         "vrq": VRQ(codes_per_1000_rows=3200, num_levels=16),
+        "int8": Scalar(),
     }
-    jobs: dict[str, Callable[[], Any]] = {"full": _next(full, batches)}
-    notes = {}
+    models: dict[str, nn.Module] = {"full": full}
     for name, method in methods.items():
-        model = build("deepfm", schema, embedding_dim=columns).eval()
-        model.embedding.tables = nn.ModuleDict({key: _table(method, rows, columns=columns, padding=0) for key in model.embedding.tables})
-        jobs[name] = _next(model, batches)
-        if name in ("pq", "rq"):  # rows of `vrq` are of too many words, and those of `rq_bytes`, multiplied, are what `rq` has
-            merged = merge(copy.deepcopy(model))
-            jobs[f"{name}_merged"] = _next(merged, batches)
-            notes[f"{name}_merged"] = f"`leanrec.merge`, which takes {merged.deep.first.nbytes / 1e6:.1f} MB of memory"
-    dense = build("deepfm", schema, embedding_dim=columns).eval()
-    dense.embedding = _Ready(full.embedding(batches[0]))
-    jobs["dense part"] = _next(dense, batches)
-    medians = record.median_seconds(jobs, repeats=40, warm_ups=4)
+        models[name] = build("deepfm", schema, embedding_dim=columns).eval()
+        models[name].embedding.tables = nn.ModuleDict({key: _table(method, rows, columns=columns, padding=0) for key in full.embedding.tables})
+        models[f"{name}_merged"] = merge(copy.deepcopy(models[name]))
+    models["dense part"] = build("deepfm", schema, embedding_dim=columns).eval()
+    setting = {"tables": 26, "rows": rows, "columns": columns, "ids": "Zipf"}
+
+    batches = [{f"c{number}": _zipf(rows, batch, seed=number + 100 * turn) for number in range(26)} for turn in range(BATCHES)]
+    models["dense part"].embedding = _Ready(full.embedding(batches[0]))
+    medians = record.median_seconds({name: _next(model, batches) for name, model in models.items()}, repeats=40, warm_ups=4)
     bound = f"with look-ups at no cost at all it would be {medians['full'] / medians['dense part']:.2f}: the rest are products of dense matrices"
-    for name in [*methods, *notes]:
-        method = methods[name.removesuffix("_merged")]
-        setting = {"tables": 26, "rows": rows, "columns": columns, "batch": batch, "method": repr(method), "ids": "Zipf"}
-        note = notes.get(name, bound)
-        _write("deepfm_forward_" + name, medians, "full", name, bar=1.5, unit="ms", scale=1e3, setting=setting, note=note)
+    for name in [name for name in models if name not in ("full", "dense part")]:
+        first = getattr(models[name].deep, "first", None)
+        note = bound if first is None else f"`leanrec.merge`, which takes {first.nbytes / 1e6:.1f} MB of memory"
+        method = repr(methods[name.removesuffix("_merged")])
+        _write(
+            f"deepfm_forward_{name}",
+            medians,
+            "full",
+            name,
+            bar=1.5,
+            unit="ms",
+            scale=1e3,
+            setting={**setting, "batch": batch, "method": method},
+            note=note,
+        )
+
+    requests = [{f"c{number}": _zipf(rows, 1, seed=number + 100 * turn) for number in range(26)} for turn in range(200)]
+    weights = [table.weight for table in full.embedding.tables.values()]
+    jobs: dict[str, Callable[[Any], Any]] = {
+        "embedding": lambda request: [F.embedding(*pair) for pair in zip(request.values(), weights, strict=True)]
+    }
+    jobs |= {"nn.Embedding": full.embedding} | {name: models[f"{name}_merged"].embedding for name in methods}
+    medians = record.median_seconds({name: _each(read, requests) for name, read in jobs.items()}, repeats=41)
+    for name, method in methods.items():
+        _write(
+            f"lookup_one_row_of_26_{name}",
+            medians,
+            "embedding",
+            name,
+            bar=1,
+            unit="us for 26 rows",
+            scale=1e6 / len(requests),
+            setting={**setting, "batch": 1, "method": repr(method)},
+            note="the field layer of a model after `leanrec.merge`; nn.Embedding: the same layer with float32 tables",
+        )
 
 
 class _Ready(nn.Module):
@@ -200,7 +227,7 @@ def _next(read: Callable[[Any], Any], batches: list[Any]) -> Callable[[], None]:
     return lambda: read(next(turns))
 
 
-def _each(read: Callable[[Tensor], Any], batches: list[Tensor]) -> Callable[[], None]:
+def _each(read: Callable[[Any], Any], batches: list[Any]) -> Callable[[], None]:
     def job() -> None:
         for ids in batches:
             read(ids)
