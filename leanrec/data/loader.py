@@ -14,7 +14,7 @@ from leanrec.data.batch import Batch
 from leanrec.data.schema import Schema
 
 RowGroup = tuple[Path, int, int]  # file, row group, rows
-BUFFER_NBYTES = 256 << 20
+BUFFER_ROWS, BUFFER_NBYTES = 1 << 20, 256 << 20
 
 
 class Loader:
@@ -33,7 +33,8 @@ class Loader:
         schema: The log's fields.
         batch_size: Rows in a batch.
         seed: Source of the shuffling; None keeps the order of the files.
-        buffer_rows: Rows that are held and shuffled together, at least one row group. None: what 256 MiB hold, lists being as long as they may.
+        buffer_rows: Rows that are held and shuffled together, at least one row group. None: a million, or more that 256 MiB hold, lists being as
+            long as they may.
 
     Raises:
         ValueError: The split is missing or a file cannot be read.
@@ -44,7 +45,7 @@ class Loader:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
         self.schema, self.batch_size, self.seed = schema, batch_size, seed
         values = 1 + sum(field.max_length if field.is_list else 1 for field in schema.fields)  # of a row, 4 bytes each
-        self.buffer_rows = BUFFER_NBYTES // (4 * values) if buffer_rows is None else buffer_rows
+        self.buffer_rows = max(BUFFER_ROWS, BUFFER_NBYTES // (4 * values)) if buffer_rows is None else buffer_rows
         self.columns = [field.name for field in schema.fields] + [schema.label]
         self.groups = _row_groups(folder, split, self.columns)
         self.num_rows = sum(rows for _, _, rows in self.groups)

@@ -100,6 +100,8 @@ def test_the_usual_buffer_is_of_bytes_and_shuffles_a_log_that_fits_as_a_whole(fo
     assert len((first // 100).unique()) > 5, "rows of many row groups come together"
     values = 4 + max(SCHEMA.fields[1].max_length, 1)  # user, price, item and label beside the tags
     monkeypatch.setattr("leanrec.data.loader.BUFFER_NBYTES", 4 * values * 250)
+    assert Loader(folder, "train", SCHEMA, batch_size=64, seed=0).buffer_rows == 1 << 20, "at least a million"
+    monkeypatch.setattr("leanrec.data.loader.BUFFER_ROWS", 100)
     loader = Loader(folder, "train", SCHEMA, batch_size=64, seed=0)
     assert loader.buffer_rows == 250
     assert [len(buffer) for buffer in loader._buffers(0)] == [3, 2, 3, 2]
