@@ -44,8 +44,8 @@ def merge(model: nn.Module) -> nn.Module:
     The model can no longer be trained, and no longer be saved or compressed: do that before.
 
     Args:
-        model: With a `leanrec.models.layers.FieldEmbedding`, as all of `leanrec.models` have. On a GPU, and of other precisions, tables are
-            read one by one and words are added up by torch.
+        model: With a `leanrec.models.layers.FieldEmbedding`, as all of `leanrec.models` have; DIN reads field by field and gains with lists
+            alone. On a GPU, and of other precisions, tables are read one by one and words are added up by torch.
 
     Returns:
         The same model, in evaluation mode, its parameters without gradients. Tables that are read together are not called as modules.
@@ -116,7 +116,7 @@ class MergedEmbedding(FieldEmbedding):
     def embed(self, field: Field, values: Tensor) -> Tensor:
         """Vectors of one field: (B, D). The kernel averages lists while it reads them."""
         bag = self._bags.get(field.name)
-        return super().embed(field, values) if bag is None or values.dtype not in (torch.int32, torch.int64) else bag(values)
+        return super().embed(field, values) if bag is None or values.dtype not in fused.IDS else bag(values)
 
     def _gather(self) -> None:
         """Find what can be read together."""

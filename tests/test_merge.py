@@ -182,6 +182,16 @@ def test_any_model_with_a_field_layer(name, schema, features):
     assert isinstance(model.embedding, MergedEmbedding)
 
 
+def test_a_model_that_reads_field_by_field(schema, features, calls):
+    schema = Schema((*schema.fields, Field("history", "sequence", "item", 20, max_length=5)))
+    features["history"] = torch.randint(20, (64, 5), generator=torch.Generator().manual_seed(8))
+    model, expected = made(PQ(), schema, features, "din")
+    leanrec.merge(model)
+    calls.clear()
+    torch.testing.assert_close(model(features), expected, rtol=1e-4, atol=1e-4)
+    assert calls.count("bags") == 1, "of the tags; the history is weighed by its target"
+
+
 def test_a_first_order_term_with_tables_of_its_own(schema, features):
     torch.manual_seed(3)
     model = build("fm", schema, embedding_dim=16, embedding_std=0.7, linear="table").eval()

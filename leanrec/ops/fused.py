@@ -29,7 +29,7 @@ except ImportError:
 _FINE, _BAD_BORDERS, _BAD_OFFSETS = -1, -2, -3  # what the kernel answers beside the place of an id out of range
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CPU = torch.device("cpu")
-_IDS = (torch.int64, torch.int32)
+IDS = (torch.int64, torch.int32)  # of ids that the kernel reads
 _enabled = True
 
 
@@ -150,7 +150,7 @@ def bags(coded: Coded, ids: Tensor, offsets: Tensor, *, num_rows: int, padding: 
 
 
 class Read(NamedTuple):
-    """A table that one of several reads with the others: what it is, how many rows it has, and the id for which zeros are answered."""
+    """One of several tables that are read together; it has `num_rows`, and `padding` is the id for which zeros are answered."""
 
     coded: Coded
     num_rows: int
@@ -174,7 +174,7 @@ class Together(ABC):
         """Whether the kernel answers for (N,) ids of each table: not where a program is traced or compiled."""
         if not self.tables or not _enabled or _kernel is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        return all(type(each) is Tensor and each.dtype in _IDS and each.is_cpu and each.dim() == 1 for each in ids)
+        return all(type(each) is Tensor and each.dtype in IDS and each.is_cpu and each.dim() == 1 for each in ids)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": [], "_held": []}  # addresses, which are not those of a copy
@@ -261,7 +261,10 @@ def _read(
     ids: Tensor, coded: Coded, num_rows: int, padding: int, offsets: Tensor | None = None, weights: Tensor | None = None, *, mean: bool = False
 ) -> Tensor:
     """Rows, or with `offsets` pooled ones. A batch may be one id: every call here counts."""
-    ids = _as_kernel_reads(ids)
+    if not ids.is_contiguous():
+        ids = ids.contiguous()
+    if ids.dtype not in IDS:
+        ids = ids.long()
     width, num_ids = coded.width, ids.numel()
     num_bags, first_offset = (0, 0) if offsets is None else (len(offsets) - 1, offsets.data_ptr())
     # As `torch.empty`, in two thirds of its time.
@@ -278,13 +281,6 @@ def _read(
     if bad == _BAD_OFFSETS:
         raise ValueError(f"offsets of bags must begin at 0, never fall and end at {num_ids}, the number of ids, at most.")
     raise _refusal(bad, ids, num_rows)
-
-
-def _as_kernel_reads(ids: Tensor) -> Tensor:
-    """Ids of 32 or 64 bits, one after the other."""
-    if not ids.is_contiguous():
-        ids = ids.contiguous()
-    return ids if ids.dtype in _IDS else ids.long()
 
 
 def _refusal(bad: int, ids: Tensor, num_rows: int) -> Exception:
