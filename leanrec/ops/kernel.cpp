@@ -289,6 +289,9 @@ struct ByteSum : Books<int8_t> {
     static INLINE Eight as_floats(Numbers<int32_t, 32> numbers) { return __builtin_convertvector(numbers, Numbers<float, 32>); }
 };
 
+// Eight numbers of 32 bits, wherever they begin: what is made for Python lies at multiples of 16 bytes, not of 32.
+using Mask = uint32_t __attribute__((vector_size(32), aligned(4)));
+
 // A row is the mean and one word of each level that it has; words are rounded to 4 bits, with a scale each.
 struct Levels {
     Codes codes;
@@ -300,7 +303,7 @@ struct Levels {
     int64_t num_levels, num_words, width, num_rows;
     int64_t before[kMaxLevels + 1] = {};  // rank * length + before[length] is the place of the first code
     const float* steps = nullptr;         // (L K,): of all words, where a call reads so many rows that it pays
-    Numbers<uint32_t, 32> masks[8] = {};  // of each nibble; as constants, the compiler would make them anew for every word
+    Mask masks[8] = {};                   // of each nibble; as constants, the compiler would make them anew for every word
 
     // Whether the borders are such as a table can have; what comes from a file may be anything. `room` keeps the steps.
     bool prepare(int64_t num_reads, std::vector<float>& room) {
