@@ -27,14 +27,14 @@ from leanrec.ops import fused
 _WORD_COST = 4  # a word has to be fetched, a row is there: adding up a value takes as long as about so many products
 
 _MODELS = (DeepFM, DCNv2, GDCNP)
-_UNCHANGEABLE = "a merged model is for inference alone: save, compress and report a model before leanrec.merge."
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, popular_rows: int = 4096) -> nn.Module:
     """The model for inference alone, in place, faster and with the same answers but for rounding.
 
     - The tables of a `FieldEmbedding` that the look-up kernel reads are read with one call, each row to where it belongs: nothing is copied
-      and the kernel is not called for each field. Lists are averaged while they are read.
+      and the kernel is not called for each field. Lists are averaged while they are read. Of a `VRQ` table, whose popular rows are made of
+      the most words, the first `popular_rows` are kept as they are answered, in `popular_rows` x D x 4 bytes of memory.
     - The first dense layer of DeepFM, DCNv2 (not stacked) and GDCN-P is multiplied with the code books and axes of the tables. A layer of H
       outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H numbers
       instead of D x H products; one that takes rows of R coordinates is R x H products. The model takes M x K x H x 4 bytes of memory for
@@ -46,13 +46,16 @@ def merge(model: nn.Module) -> nn.Module:
     Args:
         model: With a `leanrec.models.layers.FieldEmbedding`, as all of `leanrec.models` have; DIN reads field by field and gains with lists
             alone. On a GPU, and of other precisions, tables are read one by one and words are added up by torch.
+        popular_rows: Rows of each `VRQ` table that are kept; ids from `leanrec prepare` begin with the most popular. 0 keeps none.
 
     Returns:
         The same model, in evaluation mode, its parameters without gradients. Tables that are read together are not called as modules.
 
     Raises:
-        ValueError: Neither is possible.
+        ValueError: Neither is possible, or `popular_rows` is below 0.
     """
+    if popular_rows < 0:
+        raise ValueError(f"popular_rows={popular_rows} must be 0 or more.")
     if any(isinstance(module, MergedLinear | MergedEmbedding) for module in model.modules()):
         raise ValueError("the model is merged already.")
     layer = _first_layer(model)
@@ -64,7 +67,7 @@ def merge(model: nn.Module) -> nn.Module:
         )
     if layer is not None:
         put(model, {"deep": MergedMLP(layer, nn.Sequential(*list(model.get_submodule("deep").children())[1:]))})
-    model = put(model, {path: MergedEmbedding(embedding) for path, embedding in embeddings.items()})
+    model = put(model, {path: MergedEmbedding(embedding, popular_rows) for path, embedding in embeddings.items()})
     return model.eval().requires_grad_(False)
 
 
@@ -89,14 +92,25 @@ def _reads(embedding: FieldEmbedding) -> dict[int, fused.Read]:
     return reads
 
 
-class MergedEmbedding(FieldEmbedding):
+class _Frozen(nn.Module):
+    """What holds copies of a model's weights, which neither leave it nor change."""
+
+    unchangeable = "a merged model is for inference alone: load, save, compress and report a model before leanrec.merge."
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise ValueError(self.unchangeable)
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise ValueError(self.unchangeable)
+
+
+class MergedEmbedding(_Frozen, FieldEmbedding):
     """A field layer whose tables are read with one call of the kernel."""
 
-    unchangeable = _UNCHANGEABLE
-
-    def __init__(self, embedding: FieldEmbedding) -> None:
+    def __init__(self, embedding: FieldEmbedding, popular_rows: int) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(embedding.__dict__)
+        self.popular_rows = popular_rows
         self._gather()
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
@@ -118,10 +132,22 @@ class MergedEmbedding(FieldEmbedding):
         bag = self._bags.get(field.name)
         return super().embed(field, values) if bag is None or values.dtype not in fused.IDS else bag(values)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the popular rows that are kept."""
+        return sum(rows.nbytes for rows in {read.decoded for read in self._together.tables.values()} if rows is not None)
+
     def _gather(self) -> None:
         """Find what can be read together."""
         ids = torch.empty(0, dtype=torch.int64, device="cpu")
         reads = {place: read for place, read in _reads(self).items() if fused.takes(read.coded, ids)}
+        popular: dict[nn.Module, Tensor] = {}
+        for place, read in reads.items():
+            if read.coded.layout == "levels":  # rows of the others are read as fast as they are copied
+                table = self.table(self.fields[place])
+                if table not in popular:
+                    popular[table] = table(torch.arange(min(self.popular_rows, read.num_rows), device="cpu")).detach()
+                reads[place] = read._replace(decoded=popular[table])
         self._together = fused.SideBySide(reads, len(self.fields))
         self._names = [self.fields[place].name for place in reads]
         self._others = {place: field for place, field in enumerate(self.fields) if place not in reads}
@@ -133,9 +159,6 @@ class MergedEmbedding(FieldEmbedding):
         super()._apply(fn, recurse)
         self._gather()
         return self
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        raise ValueError(self.unchangeable)
 
 
 class MergedMLP(nn.Module):
@@ -150,7 +173,7 @@ class MergedMLP(nn.Module):
         return self.rest(self.first(input, features))
 
 
-class MergedLinear(nn.Module):
+class MergedLinear(_Frozen):
     """A linear layer over the vectors of fields that knows what becomes of the words and axes of their tables.
 
     Attributes:
@@ -160,8 +183,6 @@ class MergedLinear(nn.Module):
         weight: (H, N), of the vectors of `others`, then of each `coordinates` and a one.
         bias: (H,).
     """
-
-    unchangeable = _UNCHANGEABLE
 
     def __init__(self, layer: nn.Linear, embedding: FieldEmbedding) -> None:
         super().__init__()
@@ -209,9 +230,6 @@ class MergedLinear(nn.Module):
         self.sums = fused.Sums({place: table._replace(coded=moved[place]) for place, table in self.sums.tables.items()})
         self.coordinates = {place: (fn(coordinates), padding) for place, (coordinates, padding) in self.coordinates.items()}
         return self
-
-    def _save_to_state_dict(self, *_: Any) -> None:
-        raise ValueError(self.unchangeable)
 
 
 def _sums(table: Table, weight: Tensor) -> fused.Coded | None:

@@ -123,16 +123,18 @@ def test_a_merged_model_of_other_precisions_and_ids(method, schema, features, mo
 
 def test_a_merged_model_is_for_inference_alone(schema, features, tmp_path):
     model, _ = made(RQ(num_levels=2, num_centroids=8), schema, features)
+    state = copy.deepcopy(model.state_dict())
     leanrec.merge(model.train())
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     uses = [
         lambda: leanrec.save(model, tmp_path / "model.safetensors"),
+        lambda: model.load_state_dict(state, strict=False),
         lambda: leanrec.compress(model, PQ()),
         lambda: leanrec.compress_dense(model, [features], rank=2),
         lambda: leanrec.report(model),
     ]
     for use in uses:
-        with pytest.raises(ValueError, match="save, compress and report a model before"):
+        with pytest.raises(ValueError, match="load, save, compress and report a model before"):
             use()
     with pytest.raises(ValueError, match="merged already"):
         leanrec.merge(model)
@@ -169,6 +171,28 @@ def test_tables_are_read_with_one_call(method, schema, features, calls):
     assert not (found[:3, 0] != 0).any(), "padding has zeros"
     wide = {name: torch.stack([ids, ids], dim=1)[:, 0] if ids.dim() == 1 else ids for name, ids in features.items()}
     torch.testing.assert_close(model.embedding({**wide, "user": features["user"].int()}), expected)
+
+
+@pytest.mark.parametrize("popular_rows", [0, 1, 12, 4096])
+def test_popular_rows_are_kept_and_the_others_read(popular_rows, schema, features):
+    model, _ = made(VRQ(codes_per_1000_rows=6000, num_levels=8), schema, features)
+    before = model.embedding(features)
+    leanrec.merge(model, popular_rows=popular_rows)
+    torch.testing.assert_close(model.embedding(features), before)
+    sizes = [min(popular_rows, size) for size in (30, 20)]
+    assert model.embedding.nbytes == sum(sizes) * 16 * 4, "a table that two fields share is kept once"
+    for table in model.embedding.tables.values():
+        table.scales.zero_()
+    after = model.embedding(features)
+    for place, name in [(0, "user"), (1, "item"), (4, "last")]:
+        is_as_before = (after[:, place] == before[:, place]).all(1)
+        is_kept = (features[name] < popular_rows) | (features[name] == 0)
+        assert torch.equal(is_as_before, is_kept)
+
+
+def test_a_number_of_popular_rows_below_zero(schema, features):
+    with pytest.raises(ValueError, match="popular_rows=-1 must be 0 or more"):
+        leanrec.merge(made(VRQ(), schema, features)[0], popular_rows=-1)
 
 
 @pytest.mark.parametrize("name", ["fm", "ipnn", "dcnv2", "fibinet"])

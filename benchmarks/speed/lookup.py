@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from leanrec import merge
 from leanrec.data.schema import Field, Schema
+from leanrec.merge import MergedEmbedding, MergedLinear
 from leanrec.methods import PQ, RQ, VRQ, Method, Scalar, Table
 from leanrec.models import build
 from leanrec.ops import fused
@@ -113,8 +114,10 @@ def deepfm() -> None:
     medians = record.median_seconds({name: _next(model, batches) for name, model in models.items()}, repeats=40, warm_ups=4)
     bound = f"with look-ups at no cost at all it would be {medians['full'] / medians['dense part']:.2f}: the rest are products of dense matrices"
     for name in [name for name in models if name not in ("full", "dense part")]:
-        first = getattr(models[name].deep, "first", None)
-        note = bound if first is None else f"`leanrec.merge`, which takes {first.nbytes / 1e6:.1f} MB of memory"
+        taken = sum(module.nbytes for module in models[name].modules() if isinstance(module, MergedEmbedding | MergedLinear))
+        note = f"`leanrec.merge` takes {taken / 1e6:.1f} MB of memory" if taken else ""
+        if not hasattr(models[name].deep, "first"):
+            note = "; ".join(filter(None, [note, bound]))
         method = repr(methods[name.removesuffix("_merged")])
         _write(
             f"deepfm_forward_{name}",

@@ -150,11 +150,19 @@ def bags(coded: Coded, ids: Tensor, offsets: Tensor, *, num_rows: int, padding: 
 
 
 class Read(NamedTuple):
-    """One of several tables that are read together; it has `num_rows`, and `padding` is the id for which zeros are answered."""
+    """One of several tables that are read together.
+
+    Attributes:
+        coded: The table.
+        num_rows: V.
+        padding: The id for which zeros are answered.
+        decoded: Its first rows as they are answered, (N, D) float32, contiguous: ids below N are copied from there.
+    """
 
     coded: Coded
     num_rows: int
     padding: int | None
+    decoded: Tensor | None = None
 
 
 class Together(ABC):
@@ -191,7 +199,7 @@ class Together(ABC):
             raise _refusal(row, ids[number], list(self.tables.values())[number].num_rows)
 
     @abstractmethod
-    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None) -> Any:
+    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None, decoded: Tensor | None) -> Any:
         """A table as the kernel takes it; what has to last as long goes to `_held`."""
 
 
@@ -212,9 +220,11 @@ class SideBySide(Together):
         """
         self._run(_kernel.run_side_by_side, ids, out)
 
-    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None) -> Any:
+    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None, decoded: Tensor | None) -> Any:
         slot, stride, skipped = 4 * coded.width * place, coded.width * self.num_places, -1 if padding is None else padding
         call = _kernel.Call(0, True, 0, num_rows, skipped, 0, 0, 0, False, slot, coded.width, stride)  # `run` fills in the zeros that stand for ids
+        if decoded is not None:
+            call.copy_first(decoded.data_ptr(), len(decoded))
         return _READS[coded.layout](call, coded.tensors, coded.numbers, self._held)
 
 
@@ -232,13 +242,13 @@ class Sums(Together):
         if is_plain and self.takes(ids):
             self._run(_kernel.add_sums, ids, out)
             return out
-        for ((_, (codebooks, packed_codes), (num_bits,), _), _, padding), each in zip(self.tables.values(), ids, strict=True):
+        for ((_, (codebooks, packed_codes), (num_bits,), _), _, padding, _), each in zip(self.tables.values(), ids, strict=True):
             codes = unpack_rows(packed_codes, each.long(), len(codebooks), num_bits).unbind(1)
             rows = sum((book[code] for book, code in zip(codebooks, codes, strict=True)), start=torch.zeros_like(out))
             out += rows if padding is None else rows.masked_fill((each == padding).unsqueeze(1), 0.0)
         return out
 
-    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None) -> Any:
+    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None, decoded: Tensor | None) -> Any:
         codebooks, packed_codes = coded.tensors
         self._held.append(codebooks.contiguous())
         books, (num_books, num_words, _) = self._held[-1].data_ptr(), codebooks.shape

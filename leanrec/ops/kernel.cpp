@@ -446,11 +446,19 @@ struct Call {
     bool mean;
     uintptr_t out;
     int64_t width, stride;  // stride: floats from one row of `out` to the next
+    uintptr_t decoded = 0;  // the first rows of the table, as they are answered
+    int64_t num_decoded = 0;
 
     Call(uintptr_t ids, bool long_ids, int64_t num_ids, int64_t num_rows, int64_t padding, uintptr_t offsets, uintptr_t weights, int64_t num_bags,
          bool mean, uintptr_t out, int64_t width, int64_t stride)
         : ids(ids), long_ids(long_ids), num_ids(num_ids), num_rows(num_rows), padding(padding), offsets(offsets), weights(weights),
           num_bags(num_bags), mean(mean), out(out), width(width), stride(stride) {}
+
+    // Have ids below `count` copied from rows, not read; without bags.
+    void copy_first(uintptr_t rows, int64_t count) {
+        decoded = rows;
+        num_decoded = count;
+    }
 };
 
 // Where the rows of ids lie that were read a moment ago: a batch of a log has some ids many times, and those have the most words.
@@ -481,13 +489,21 @@ struct Seen<true> {
 template <class Id, class Reader>
 INLINE int64_t read_rows(const Call& call, const Reader& reader, int64_t begin, int64_t end) {
     const Id* ids = reinterpret_cast<const Id*>(call.ids);
+    const float* decoded = reinterpret_cast<const float*>(call.decoded);
     float* out = reinterpret_cast<float*>(call.out);
     Seen<std::is_same<Reader, Levels>::value> seen;
     for (int64_t place = begin; place < end; ++place) {
         const int64_t id = ids[place];
         if (uint64_t(id) >= uint64_t(call.num_rows)) return place;
-        if (place + kAhead < call.num_ids && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) reader.prefetch(ids[place + kAhead]);
+        if (place + kAhead < call.num_ids && uint64_t(ids[place + kAhead]) < uint64_t(call.num_rows)) {
+            const int64_t later = ids[place + kAhead];
+            if (later >= call.num_decoded) reader.prefetch(later);
+        }
         float* row = out + place * call.stride;
+        if (id < call.num_decoded) {
+            std::memcpy(row, decoded + id * call.width, call.width * sizeof(float));
+            continue;
+        }
         if (const float* same = seen.find(id)) {
             std::memcpy(row, same, call.width * sizeof(float));
         } else if (id == call.padding) {
@@ -677,8 +693,9 @@ NB_MODULE(_kernel, m) {
 #ifdef _OPENMP
     pthread_atfork(nullptr, nullptr, [] { is_fork = true; });
 #endif
-    nb::class_<Call>(m, "Call").def(
-        nb::init<uintptr_t, bool, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, int64_t, int64_t>());
+    nb::class_<Call>(m, "Call")
+        .def(nb::init<uintptr_t, bool, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, int64_t, bool, uintptr_t, int64_t, int64_t>())
+        .def("copy_first", &Call::copy_first);
     nb::class_<Read>(m, "Read");
     m.def("concat", [](const Call& call, uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t books, int64_t num_books, int64_t num_words) {
         return Read{call, Concat{{{at<const uint8_t*>(codes), nbytes, bits}, at<const float*>(books), num_books, num_words, call.width / num_books}}};
