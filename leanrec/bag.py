@@ -85,7 +85,9 @@ class TableBag(nn.Module):
             return None
         if weights is not None and (self.mode != "sum" or weights.shape != input.shape or weights.dtype != torch.float32):
             return None
-        if input.dtype not in (torch.int32, torch.int64) or (input.dim() == 2) != (offsets is None) or input.dim() not in (1, 2):
+        if input.dtype not in fused.IDS or (input.dim() == 2) != (offsets is None) or input.dim() not in (1, 2):
+            return None
+        if offsets is not None and (offsets.dtype not in fused.IDS or offsets.dim() != 1 or not len(offsets)):
             return None
         if offsets is None:
             offsets = torch.arange(len(input) + 1) * input.shape[1]

@@ -10,11 +10,12 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanrec.calibration import cost_factors
-from leanrec.compress import choose, group_counts, group_sensitivities
-from leanrec.embeddings import Group, group_nbytes, group_nbytes_full, naming, row_chunks, table_groups, tables
+from leanrec.compress import check_compressible, choose, group_counts, group_sensitivities
+from leanrec.embeddings import EmbeddingModule, Group, group_nbytes, group_nbytes_full, naming, row_chunks, table_groups, tables
 from leanrec.methods.base import Method
 from leanrec.ops.sensitivity import Sensitivity
 
@@ -216,11 +217,14 @@ def _saving(low: Option, high: Option) -> float:
 def _budget(full: int, nbytes: int | None, ratio: float | None) -> int:
     if (nbytes is None) == (ratio is None):
         raise ValueError(f"Give one of nbytes and ratio, not nbytes={nbytes} and ratio={ratio}.")
-    if ratio is None:
-        return nbytes or 0
-    if not ratio > 0:
-        raise ValueError(f"ratio={ratio} must be more than 0, such as 50 for tables 50 times smaller.")
-    return math.floor(full / ratio)
+    if nbytes is not None:
+        if not isinstance(nbytes, int | float) or not math.isfinite(nbytes):
+            raise ValueError(f"nbytes={nbytes!r} must be a number of bytes.")
+        return math.floor(nbytes)
+    if not isinstance(ratio, int | float) or not ratio > 0 or not math.isfinite(full / ratio):
+        raise ValueError(f"ratio={ratio!r} must be more than 0, such as 50 for tables 50 times smaller.")
+    most = math.floor(full / ratio)
+    return most + 1 if full / (most + 1) >= ratio else most  # where rounding made the quotient too small by a hair
 
 
 def _options(path: str, group: Group, method: Method | None, counts: Tensor | None, sensitivity: Sensitivity | None) -> list[Option]:
@@ -228,12 +232,13 @@ def _options(path: str, group: Group, method: Method | None, counts: Tensor | No
     alone = Option(None, group_nbytes(group), 0.0)
     if method is None:
         return [alone]
+    check_compressible(group)
     _sizes(path, group, method)  # raises what is wrong with it
     module = next(iter(group.values()))
     shape = (module.num_embeddings, module.embedding_dim)
     with naming(path, module):
         curve = method.curve(row_chunks(module), *shape, counts=counts, sensitivity=sensitivity)
-    return [*(Option(setting, setting.nbytes(*shape), loss) for setting, loss in curve), alone]
+        return [*(Option(setting, _nbytes(setting, module), loss) for setting, loss in curve), alone]
 
 
 def _sizes(path: str, group: Group, method: Method | None) -> list[tuple[Method | None, int]]:
@@ -244,4 +249,14 @@ def _sizes(path: str, group: Group, method: Method | None) -> list[tuple[Method 
     module = next(iter(group.values()))
     shape = (module.num_embeddings, module.embedding_dim)
     with naming(path, module):
-        return [*((variant, variant.nbytes(*shape)) for variant in method.variants(*shape)), alone]
+        return [*((variant, _nbytes(variant, module)) for variant in method.variants(*shape)), alone]
+
+
+def _nbytes(method: Method, module: EmbeddingModule) -> int:
+    """Bytes of a table with these settings in the precision of the one that is there."""
+    shape, dtype = (module.num_embeddings, module.embedding_dim), next(row_chunks(module, chunk_rows=1)).dtype
+    nbytes = method.nbytes(*shape)
+    if dtype == torch.float32:
+        return nbytes
+    with torch.device("meta"):
+        return method.build(*shape).to(dtype).nbytes

@@ -13,8 +13,8 @@ from leanrec.bag import TableBag
 from leanrec.embeddings import (
     EmbeddingModule,
     Group,
-    address,
     check_changeable,
+    has_hooks,
     like,
     listing,
     naming,
@@ -22,6 +22,7 @@ from leanrec.embeddings import (
     reconstruction_error,
     replacements,
     row_chunks,
+    share_memory,
     table_groups,
     tables,
     title,
@@ -111,13 +112,15 @@ def group_counts(groups: Mapping[str, Group], counts: Mapping[str, Tensor] | Non
     """
     totals: dict[str, Tensor] = {}
     owners = {path: first for first, group in groups.items() for path in group}
-    for path, count in (counts or {}).items():
+    if counts is not None and not isinstance(counts, Mapping):
+        raise ValueError(f"counts must be a dict of tables' paths to counts, not {type(counts).__name__}.")
+    for path, given in (counts or {}).items():
         if path not in owners:
             known = listing({first: group[first] for first, group in groups.items()})
             raise ValueError(f"counts: the model has no table {path!r}. The tables are {known}.")
         first = owners[path]
-        table = groups[first][path]
-        if count.shape != (table.num_embeddings,) or count.is_floating_point() or (count < 0).any():
+        table, count = groups[first][path], torch.as_tensor(given)
+        if count.is_complex() or count.shape != (table.num_embeddings,) or count.is_floating_point() or (count < 0).any():
             raise ValueError(
                 f"{title(path, table)}: counts must be {table.num_embeddings} integers >= 0, not {count.dtype} of shape {tuple(count.shape)}."
             )
@@ -178,9 +181,7 @@ def _check(model: nn.Module, groups: Mapping[str, Group], methods: Mapping[str, 
             raise ValueError(
                 f"{name}: shares its weight with {list(group)[1:]}, but their padding_idx or shapes differ. Make them equal or {_exempt(path)}."
             )
-        for place, module in group.items():
-            if reason := _obstacle(module):
-                raise ValueError(f"{title(place, module)}: {reason}, or {_exempt(place)}.")
+        check_compressible(group)
         if way in methods[path].gaps:
             how = {"fit": "be fitted to a trained table", "scratch": "be trained from scratch"}[way]
             raise ValueError(f"{name}: {type(methods[path]).__name__} cannot {how}: {methods[path].gaps[way]}.")
@@ -194,16 +195,15 @@ def _exempt(path: str) -> str:
 
 
 def _ties(model: nn.Module, groups: Mapping[str, Group]) -> dict[str, str]:
-    """First path of a group -> name of a parameter of some other module that is in the same memory."""
-    owners: dict[int, str] = {}
-    within: set[nn.Module] = set()
-    for path, group in groups.items():
-        for module in group.values():
-            owners |= {address(parameter): path for parameter in module.parameters()}
-            within |= set(module.modules())
+    """First path of a group -> name of a parameter of some other module that has memory in common with it."""
+    modules = [(path, module) for path, group in groups.items() for module in group.values()]
+    owners = {path: list(module.parameters()) for path, module in modules}
+    within = {part for _, module in modules for part in module.modules()}
     outside = [(path, module) for path, module in model.named_modules() if module not in within]
     named = [(f"{path}.{name}".lstrip("."), parameter) for path, module in outside for name, parameter in module.named_parameters(recurse=False)]
-    return {owners[address(parameter)]: name for name, parameter in named if address(parameter) in owners}
+    return {
+        path: name for path, parameters in owners.items() for name, other in named if any(share_memory(parameter, other) for parameter in parameters)
+    }
 
 
 def _paddings(group: Group) -> set[int | None]:
@@ -211,15 +211,26 @@ def _paddings(group: Group) -> set[int | None]:
     return {module.padding_idx for module in group.values() if isinstance(module, nn.Embedding | Table)}
 
 
+def check_compressible(group: Group) -> None:
+    """Raise ValueError for the first module that has what a compressed table cannot keep."""
+    for path, module in group.items():
+        if reason := _obstacle(module):
+            raise ValueError(f"{title(path, module)}: {reason}, or {_exempt(path)}.")
+
+
 def _obstacle(module: EmbeddingModule) -> str | None:
     """What of a module a compressed table cannot keep, and what to do about it; None where nothing hinders."""
+    if has_hooks(module) or has_hooks(unpooled(module)):
+        return "it has hooks or parametrizations, which would be lost. Remove them"
     if isinstance(module, Table | TableBag):
         return None
     plain = nn.Embedding if isinstance(module, nn.Embedding) else nn.EmbeddingBag
-    if type(module).forward is not plain.forward or "forward" in vars(module):
+    if not module.num_embeddings or not module.embedding_dim:
+        return "it holds no values. Give it rows and columns"
+    if any(getattr(type(module), name) is not getattr(plain, name) or name in vars(module) for name in ("forward", "__call__")):
         return f"it is a {type(module).__name__} with a forward of its own, which would be lost. Use a plain nn.{plain.__name__}"
-    if any(True for _ in module.children()) or any(getattr(module, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
-        return "it has hooks or parametrizations, which would be lost. Remove them"
+    if [*module.children(), *module.buffers()] or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return "it has modules, buffers or parameters of its own, which would be lost. Use a plain one"
     if module.max_norm is not None:
         return f"max_norm={module.max_norm} rescales rows when they are looked up, which compressed rows cannot do. Set it to None"
     if module.scale_grad_by_freq:

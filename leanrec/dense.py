@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from leanrec.budget import Option, spend
-from leanrec.embeddings import address, check_changeable, put, tables
+from leanrec.embeddings import address, check_changeable, has_hooks, put, tables
 from leanrec.ops.spread import Covariance
 
 _CHUNK_VALUES = 2**20
@@ -33,11 +33,17 @@ class LowRankLinear(nn.Sequential):
 
     @classmethod
     def empty(cls, layer: nn.Linear | LowRankLinear, rank: int, **placement: Any) -> LowRankLinear:
-        """Layers of uninitialized values for the place of `layer`; `placement` is `device` and `dtype`, as of any torch module."""
+        """Layers of uninitialized values for the place of `layer`; `placement` is `device` and `dtype`, as of any torch module.
+
+        Each parameter requires a gradient where the one in its place did; a bias that the layer did not have goes by its weight.
+        """
         first = skip_init(nn.Linear, layer.in_features, rank, bias=False, **placement)
         made = cls(first, skip_init(nn.Linear, rank, layer.out_features, **placement))
         made.in_features, made.rank, made.out_features = layer.in_features, rank, layer.out_features
         made.had_bias = layer.had_bias if isinstance(layer, LowRankLinear) else layer.bias is not None
+        old = layer.parameters() if isinstance(layer, LowRankLinear) else (layer.weight, layer.weight, layer.bias if made.had_bias else layer.weight)
+        for parameter, replaced in zip(made.parameters(), old, strict=True):
+            parameter.requires_grad_(replaced.requires_grad)
         return made.train(layer.training)
 
     @property
@@ -77,7 +83,8 @@ def compress_dense(
     optimizer over the old parameters has to be made anew. A short fine-tuning afterwards is part of the paper's method.
 
     Args:
-        model: Any module; also an `nn.Linear` itself. Layers inside of compressed tables, and layers that are factored already, do not count.
+        model: Any module; also an `nn.Linear` itself. Layers inside of compressed tables, layers that are factored already, and layers that
+            torch reads without calling them, in `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, do not count.
         batches: What the model is called with, one after the other: a tuple as `model(*batch)`, all else as `model(batch)`.
         rank: Rank of every layer that it makes smaller; or
         ratio: bytes of all matching layers before / after, at least. The ranks are then chosen such that the shares of variance that the
@@ -89,8 +96,8 @@ def compress_dense(
 
     Raises:
         ValueError: Neither or both of rank and ratio, a pattern that matches no layer, a rank or ratio out of range, or a layer that cannot
-            be replaced: it shares a parameter, has hooks, is not called on the batches or puts out values that are not finite. The model
-            is then as it was.
+            be replaced: it shares a parameter, has hooks, has no values (on the meta device), is not called on the batches or puts out
+            values that are not finite. The model is then as it was.
     """
     if (rank is None) == (ratio is None):
         raise ValueError(f"Give one of rank and ratio, not rank={rank} and ratio={ratio}.")
@@ -115,6 +122,8 @@ def _choose(
 ) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
     """Path -> linear layer, of all that match and of those among them that can be factored; raises what is wrong with the request."""
     check_changeable(model)
+    if rank is not None and type(rank) is not int:
+        raise ValueError(f"rank={rank!r} must be an integer.")
     matching = _matching(model, [layers] if isinstance(layers, str) else layers)
     candidates = _candidates(matching, 1 if rank is None else rank)
     _check(model, candidates)
@@ -125,12 +134,19 @@ def _choose(
 
 def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
     """Path -> linear layer, where a pattern matches."""
+    if not patterns:
+        raise ValueError("layers=[] names no layer. Give globs on their paths, or leave it out for all.")
     closed = [*tables(model).values(), *factored_layers(model).values()]
     inside = {part for module in closed for part in module.modules()}
     # A subclass may be used otherwise than by a call, as the output layer of nn.MultiheadAttention is.
-    found = {path: module for path, module in model.named_modules() if type(module) is nn.Linear and module not in inside}
+    linear = {path: module for path, module in model.named_modules() if type(module) is nn.Linear and module not in inside}
+    read = {part for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for part in module.children()}
+    found = {path: layer for path, layer in linear.items() if layer not in read}
     for pattern in patterns:
         if not any(fnmatchcase(path, pattern) for path in found):
+            if path := next((path for path in linear if fnmatchcase(path, pattern)), None):
+                reason = "nn.TransformerEncoderLayer reads its weight without calling it, so it cannot be factored"
+                raise ValueError(f"Layer {_title(path, linear[path])}: {reason}. Name other layers.")
             known = ", ".join(_title(path, layer) for path, layer in found.items()) or "none"
             raise ValueError(f"No layer matches the pattern {pattern!r}. The layers of class nn.Linear are: {known}.")
     return {path: layer for path, layer in found.items() if any(fnmatchcase(path, pattern) for pattern in patterns)}
@@ -153,10 +169,12 @@ def _check(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
         owners.setdefault(address(parameter), []).append(name)
     for path, layer in layers.items():
         hint = f"or leave the layer out: name the others in layers=[...], without {path!r}"
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ValueError(f"Layer {_title(path, layer)}: it is on the meta device and holds no values. Load its weights first, {hint}.")
         for name, parameter in layer.named_parameters():
             if others := set(owners[address(parameter)]) - {f"{path}.{name}".lstrip(".")}:
                 raise ValueError(f"Layer {_title(path, layer)}: its {name} is also the parameter {min(others)!r}. Untie them, {hint}.")
-        if any(getattr(layer, hooks) for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")) or "forward" in vars(layer):
+        if has_hooks(layer) or "forward" in vars(layer):
             raise ValueError(f"Layer {_title(path, layer)}: it has hooks or a forward of its own, which would be lost. Remove them, {hint}.")
 
 
@@ -231,7 +249,7 @@ def _factored(layer: nn.Linear, outputs: _Outputs, rank: int) -> LowRankLinear:
     values = (axes.T @ weight, axes, mean + axes @ (axes.T @ (bias - mean)))
     for parameter, value in zip(made.parameters(), values, strict=True):
         parameter.copy_(value)
-    return made.requires_grad_(layer.weight.requires_grad)
+    return made
 
 
 def _nbytes(layer: nn.Linear, rank: int | None = None) -> int:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from leanrec.bag import TableBag
 from leanrec.methods.base import Table
@@ -41,6 +42,13 @@ def check_changeable(model: nn.Module) -> None:
     for module in model.modules():
         if (reason := getattr(module, "unchangeable", None)) is not None:
             raise ValueError(reason)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything listens to a module: to its calls, its gradients, its state dict or the gradients of its parameters."""
+    held = [hooks for name, hooks in vars(module).items() if name.endswith("_hooks")]
+    parameters = module.parameters(recurse=False)
+    return any(held) or any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in parameters)
 
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -129,8 +137,22 @@ def listing(found: Mapping[str, EmbeddingModule]) -> str:
 
 
 def address(tensor: Tensor) -> int:
-    """The same number for tensors that begin at the same place in memory; one without memory (empty, meta) is only itself."""
-    return tensor.data_ptr() or id(tensor)
+    """The same number for tensors that begin at the same place in memory; one without memory (empty, meta, lazy, sparse) is only itself."""
+    return _span(tensor)[0] or id(tensor)
+
+
+def share_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have memory in common."""
+    (begin, end), (other_begin, other_end) = _span(first), _span(second)
+    return begin < other_end and other_begin < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of that after its last; zeros where it has no memory of its own to look at."""
+    if is_lazy(tensor) or tensor.layout != torch.strided or not tensor.numel() or tensor.is_meta:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, EmbeddingModule]]:

@@ -68,9 +68,10 @@ def _moved(path: str, origin: Group, module: EmbeddingModule) -> nn.Module:
     source = origin[path]
     held = unpooled(source)
     pools = isinstance(module, nn.EmbeddingBag | TableBag)
-    if isinstance(held, Table) and (pools or held.padding_idx == module.padding_idx):
+    is_alike = _settings(source) == _settings(module)
+    if isinstance(held, Table) and (is_alike if isinstance(source, TableBag) == pools else pools or held.padding_idx == module.padding_idx):
         return like(module, held)
-    if not isinstance(held, Table) and _settings(source) == _settings(module):
+    if not isinstance(held, Table) and is_alike:
         return source
     raise ValueError(f"{title(path, source)}: the source has {_settings(source)}, the target {_settings(module)}. Build both models alike.")
 

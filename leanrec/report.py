@@ -39,7 +39,7 @@ class TableReport:
     @property
     def ratio(self) -> float:
         """`nbytes_full` / `nbytes`."""
-        return self.nbytes_full / self.nbytes
+        return self.nbytes_full / self.nbytes if self.nbytes else 1.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _measure(groups: Mapping[str, Group], original: nn.Module, counts: Mapping[s
 def _mean_error(rows: tuple[TableReport, ...]) -> float | None:
     errors = [0.0 if row.error is None and row.method == "-" else row.error for row in rows]
     known = [(error, row.nbytes_full) for error, row in zip(errors, rows, strict=True) if error is not None]
-    if not rows or len(known) < len(rows):
+    if len(known) < len(rows) or not any(nbytes for _, nbytes in known):
         return None
     return sum(error * nbytes for error, nbytes in known) / sum(nbytes for _, nbytes in known)
 

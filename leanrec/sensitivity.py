@@ -37,8 +37,8 @@ def measure_sensitivity(
         First path of each table; those that share a weight are measured as one.
 
     Raises:
-        ValueError: The model puts out something else than a tensor, values or gradients that are not finite, or looks up nothing on the
-            batches.
+        ValueError: The model puts out something else than a tensor, outputs without a gradient by the rows, values or gradients that are
+            not finite, or looks up nothing on the batches.
     """
     groups = table_groups(model)
     row_counts = group_counts(groups, counts)
@@ -108,7 +108,13 @@ def _gradients(outputs: Any, seen: list[tuple[str, Tensor, Tensor]], generator: 
     chances = outputs.detach().sigmoid()
     signs = torch.randint(2, outputs.shape, generator=generator).to(outputs.device) * 2 - 1
     scalar = (outputs * (chances * (1 - chances)).sqrt() * signs).sum()
-    gradients = torch.autograd.grad(scalar, [rows for _, _, rows in seen], allow_unused=True)
+    leaves = [rows for _, _, rows in seen]
+    gradients = torch.autograd.grad(scalar, leaves, allow_unused=True) if scalar.requires_grad else [None] * len(leaves)
+    if all(gradient is None for gradient in gradients):
+        raise ValueError(
+            f"The model's outputs ({outputs.dtype}) have no gradient by the rows of its tables. "
+            "Give a model whose logits are floats that depend on the rows, without torch.no_grad in its forward."
+        )
     if not all(values.isfinite().all() for values in (outputs, *gradients) if values is not None):
         raise ValueError(
             "The model's outputs on the batches, or their gradients by the rows of its tables, are not finite (nan or inf). "
@@ -127,7 +133,7 @@ def _hook(path: str, seen: list[tuple[str, Tensor, Tensor]]) -> Callable[..., Te
         ids = inputs[0] if inputs else kwargs["input"]
         rows = output.detach().requires_grad_()
         seen.append((path, ids.reshape(-1).long().cpu(), rows))
-        return rows
+        return rows.clone()  # a model may change in place what it looked up, which a leaf does not allow
 
     return keep
 

@@ -37,7 +37,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, metadata: Mapping[st
         metadata: Notes to keep in the header, JSON values; `read_metadata` gives them back.
 
     Raises:
-        ValueError: The model's state holds something that is not a tensor, or tensors without values (on the meta device).
+        ValueError: The model's state holds something that is not a tensor, or tensors without values (on the meta device), or the metadata
+            something that is not JSON.
         OSError: The file cannot be written, such as on a full disk; what was there before is untouched.
     """
     path = Path(path)
@@ -62,7 +63,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     The tables that were compressed, and the layers that were factored, are put in the place of the model's own without ever making a full
     one, then all tensors are copied, none missing and none left over. Everything is checked before the model is touched. What the model has
-    on the meta device is put on the CPU; with `torch.device("meta")` around its construction, nothing is allocated twice.
+    on the meta device is put on the CPU; with `torch.device("meta")` around its construction, nothing is allocated twice. Training mode and
+    `requires_grad` are those of the given model: what takes the place of a frozen table or layer is frozen.
 
     Args:
         model: Built as the saved one was before `compress` and `compress_dense`; its values do not matter.
@@ -82,8 +84,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         _check(model, modules, stored, shared)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its header is malformed ({type(error).__name__}: {error}).") from None
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:  # RecursionError is a RuntimeError
+        raise ValueError(f"{path}: its header is malformed ({type(error).__name__}: {' '.join(str(error).split())}).") from None
     for place, module in modules.items():
         old = model.get_submodule(place)
         _allocate(module.train(old.training), place, stored, next(iter(old.state_dict().values())).device)
@@ -97,9 +99,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that `save` was given, from the header alone; the checksum is not verified, which `load` does.
 
     Raises:
-        ValueError: The file is missing, is not one of ours, or is of an unknown format.
+        ValueError: The file is missing, is not one of ours, is of an unknown format, or its notes are damaged.
     """
-    return json.loads(_read_header(Path(path))["metadata"])
+    try:
+        notes = json.loads(_read_header(Path(path)).get("metadata", ""))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error}). Write or copy the file again.") from None
+    if not isinstance(notes, dict):
+        raise ValueError(f"{path}: its metadata is damaged (a {type(notes).__name__}, not a dict). Write or copy the file again.")
+    return notes
 
 
 def header_texts(
@@ -116,14 +124,21 @@ def header_texts(
         dense: Path of each factored layer -> rank.
         shared: Further names of tensors -> first name.
         metadata: Notes, JSON values.
+
+    Raises:
+        ValueError: `metadata` is something else.
     """
+    try:
+        notes = json.dumps(dict(metadata or {}))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata cannot be written as JSON ({error}). Give a dict of texts, numbers, lists and dicts.") from None
     return {
         "format": "pt",
         "leanrec": FORMAT_VERSION,
         "tables": json.dumps(tables),
         "dense": json.dumps(dict(dense or {})),
         "shared": json.dumps(dict(shared or {})),
-        "metadata": json.dumps(dict(metadata or {})),
+        "metadata": notes,
     }
 
 
@@ -231,25 +246,43 @@ def _build(entries: list[dict[str, Any]], model: nn.Module) -> dict[str, nn.Modu
     modules: dict[str, nn.Module] = {}
     for entry in entries:
         num_embeddings, embedding_dim = entry["num_embeddings"], entry["embedding_dim"]
+        are_sizes = type(num_embeddings) is type(embedding_dim) is int
         for place in entry["places"]:
-            if place not in places or (places[place].num_embeddings, places[place].embedding_dim) != (num_embeddings, embedding_dim):
+            if place not in places or not are_sizes or (places[place].num_embeddings, places[place].embedding_dim) != (num_embeddings, embedding_dim):
                 known = listing(tables(model)) or "none"
                 raise ValueError(f"it holds the table {place!r} ({num_embeddings} x {embedding_dim}), but the model's tables are {known}.")
-        modules |= _build_table(entry, sparse=any(unpooled(places[place]).sparse for place in entry["places"]))
+        modules |= _build_table(entry, [places[place] for place in entry["places"]])
     return modules
 
 
-def _build_table(entry: dict[str, Any], *, sparse: bool) -> dict[str, nn.Module]:
+def _build_table(entry: dict[str, Any], replaced: Sequence[EmbeddingModule]) -> dict[str, nn.Module]:
     try:
+        _check_entry(entry)
         with torch.device("meta"):
             table = parse(entry["method"]).build(entry["num_embeddings"], entry["embedding_dim"])
         if entry["dtype"] != "float32":
             table.to(ROW_DTYPES[entry["dtype"]])
-        table.padding_idx, table.sparse = entry["padding_idx"], sparse
-        table.fit_error = entry["fit_error"]
+        table.padding_idx, table.fit_error = entry["padding_idx"], entry["fit_error"]
+        table.sparse = any(unpooled(module).sparse for module in replaced)
+        parameters = [parameter for module in replaced for parameter in module.parameters()]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            table.requires_grad_(False)
         return {place: table if pooling is None else TableBag(table, **pooling) for place, pooling in entry["places"].items()}
     except ValueError as error:
-        raise ValueError(f"table {next(iter(entry['places']))!r}: {error}") from None
+        raise ValueError(f"table {next(iter(entry['places']), '')!r}: {error}") from None
+
+
+def _check_entry(entry: dict[str, Any]) -> None:
+    """Raise ValueError for a value that nothing else would look at before it is used."""
+    poolings = [pooling for pooling in entry["places"].values() if pooling is not None]
+    for padding_idx in (entry["padding_idx"], *(pooling.get("padding_idx") for pooling in poolings)):
+        if padding_idx is not None and not (type(padding_idx) is int and 0 <= padding_idx < entry["num_embeddings"]):
+            raise ValueError(f"padding_idx={padding_idx!r} is neither null nor one of the rows 0 to {entry['num_embeddings'] - 1}.")
+    for pooling in poolings:
+        if type(pooling.get("include_last_offset", False)) is not bool:
+            raise ValueError(f"include_last_offset={pooling['include_last_offset']!r} is neither true nor false.")
+    if entry["fit_error"] is not None and type(entry["fit_error"]) not in (int, float):
+        raise ValueError(f"fit_error={entry['fit_error']!r} is neither null nor a number.")
 
 
 def _build_layers(ranks: dict[str, int], model: nn.Module) -> dict[str, nn.Module]:

@@ -86,15 +86,22 @@ def test_gradient_reaches_the_sample_weights():
         ("mean", draw(2, 3), {"per_sample_weights": torch.ones(2, 3)}),
         ("sum", draw(6), {"offsets": torch.tensor([1, 3])}),
         ("sum", draw(6), {"offsets": torch.tensor([0, 9])}),
+        ("sum", draw(6), {"offsets": torch.tensor([0.0, 2.0])}),
     ],
 )
-def test_errors_are_torchs(mode, ids, settings):
-    reference, bag = pair(mode=mode)
+@pytest.mark.parametrize("learns", [True, False])
+def test_errors_are_torchs(mode, ids, settings, learns):
+    reference, bag = (each.requires_grad_(learns) for each in pair(mode=mode))
     with pytest.raises((ValueError, NotImplementedError, RuntimeError)) as theirs:
         reference(ids, **settings)
     with pytest.raises(theirs.type) as ours:
         bag(ids, **settings)
     assert str(ours.value) == str(theirs.value)
+
+
+def test_offsets_of_no_bags():
+    reference, bag = (each.requires_grad_(False) for each in pair(mode="sum"))
+    assert bag(draw(6), draw(0)).shape == reference(draw(6), draw(0)).shape
 
 
 def test_an_id_outside_the_table_is_an_error():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from leanrec.budget import Option, fit_budget, lower_hull, spend
+from leanrec.budget import Option, Sizes, fit_budget, lower_hull, spend
 from leanrec.compress import compress, tables
-from leanrec.methods import METHODS, MGQE, CpRec, DropRare
+from leanrec.methods import METHODS, MGQE, CpRec, DropRare, LowRank, MixedPrecision, Scalar
 from leanrec.methods.full import Full
 from leanrec.methods.pq import PQ
 from leanrec.methods.vrq import VRQ
@@ -165,10 +165,47 @@ def test_one_of_bytes_and_ratio_is_needed(given):
         fit_budget(model(user=1.0), PQ(), **given)
 
 
-@pytest.mark.parametrize("ratio", [0, -3, float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", [LowRank(), PQ(), VRQ(), Scalar(), MixedPrecision()], ids=lambda method: method.short())
+def test_a_budget_counts_bytes_in_the_precision_of_the_table(dtype, method):
+    network = model(user=1.0).to(dtype)
+    plan = fit_budget(network, method, ratio=3)
+    assert type(plan["user"]) is type(method)
+    compress(network, plan)
+    full = report(model(user=1.0)).tables
+    assert report(network).tables <= full / 3
+    if isinstance(method, LowRank):
+        assert report(network).tables > full / 3 - 400 * dtype.itemsize, "another coordinate a row would not fit"
+
+
+def test_tables_that_cannot_be_compressed_are_refused():
+    network = model(user=1.0)
+    network["user"].weight.data[3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"Table 'user' \(400 x 8\): it holds values that are not finite"):
+        fit_budget(network, PQ(), ratio=2)
+    with pytest.raises(ValueError, match=r"Table 'user' \(400 x 8\): it is on the meta device"):
+        fit_budget(model(user=1.0).to("meta"), PQ(), ratio=2)
+
+
+@pytest.mark.parametrize("nbytes", [float("nan"), float("inf"), "100"])
+def test_bytes_must_be_a_number(nbytes):
+    with pytest.raises(ValueError, match="must be a number of bytes"):
+        fit_budget(model(user=1.0), PQ(), nbytes=nbytes)
+
+
+@pytest.mark.parametrize("ratio", [0, -3, float("nan"), 1e-320, "50"])
 def test_ratio_must_be_positive(ratio):
     with pytest.raises(ValueError, match="must be more than 0"):
         fit_budget(model(user=1.0), PQ(), ratio=ratio)
+
+
+@pytest.mark.parametrize("rows", range(401, 421))
+def test_the_ratio_of_the_smallest_tables_can_be_met(rows):
+    sizes = Sizes(nn.Embedding(rows, 8), PQ())
+    assert sizes.budget(ratio=sizes.full / sizes.least) == sizes.least
+    for ratio in (1.5, 3, 4):
+        most = sizes.budget(ratio=ratio)
+        assert sizes.full / most >= ratio > sizes.full / (most + 1)
 
 
 def test_pattern_without_a_table_is_an_error():

@@ -11,7 +11,8 @@ from torch import nn
 from leanrec.bag import TableBag
 from leanrec.compress import compress, tables
 from leanrec.embeddings import reconstruction_error
-from leanrec.methods import METHODS, PQ, VRQ, CpRec, Full, Table
+from leanrec.methods import METHODS, PQ, VRQ, CpRec, Full, Scalar, Table
+from leanrec.report import report
 
 SMALL = PQ(num_subspaces=2, num_centroids=8)
 
@@ -191,6 +192,30 @@ def hooked():
     return model
 
 
+class Called(nn.Embedding):
+    def __call__(self, input):
+        return 2 * super().__call__(input)
+
+
+class WithScale(nn.Embedding):
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def listening(register, hook=lambda *given: None):
+    """A table with a hook that `register` gives it."""
+    model = embedding()
+    register(model)(hook)
+    return nn.ModuleDict({"user": model})
+
+
+def tied_in_part():
+    model = nn.ModuleDict({"user": embedding(), "lm_head": nn.Linear(8, 40, bias=False)})
+    model["lm_head"].weight = nn.Parameter(model["user"].weight.data[10:])
+    return model
+
+
 def unpadded():
     model = embedding(padding_idx=5)
     return model
@@ -212,7 +237,15 @@ def with_nan():
         (nn.ModuleDict({"user": with_nan()}), "not finite"),
         (nn.ModuleDict({"user": hooked()}), "hooks"),
         (nn.ModuleDict({"user": nn.utils.parametrizations.weight_norm(embedding())}), "parametrizations"),
+        (nn.ModuleDict({"user": Called(50, 8)}), "it is a Called with a forward of its own"),
+        (nn.ModuleDict({"user": WithScale(50, 8)}), "parameters of its own"),
+        (listening(lambda table: table.register_full_backward_pre_hook), "hooks"),
+        (listening(lambda table: table.register_full_backward_hook), "hooks"),
+        (listening(lambda table: table.register_state_dict_pre_hook), "hooks"),
+        (listening(lambda table: table.register_load_state_dict_post_hook), "hooks"),
+        (listening(lambda table: table.weight.register_hook), "hooks"),
         (tied(), "its weight is also the parameter 'lm_head.weight'"),
+        (tied_in_part(), "its weight is also the parameter 'lm_head.weight'"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(model, reason):
@@ -221,6 +254,36 @@ def test_what_cannot_be_kept_is_refused_by_name(model, reason):
     assert message.startswith("Table 'user' (50 x 8): ") and reason in message and "{'user': None, '*': ...}" in message
     user = model["user"]
     assert compress(model, {"user": None, "*": SMALL})["user"] is user
+
+
+def test_hooks_of_a_compressed_table_are_not_lost_either():
+    for model in (embedding(), nn.EmbeddingBag(50, 8)):
+        table = compress(model, SMALL)
+        getattr(table, "table", table).register_forward_hook(lambda *given: None)
+        with pytest.raises(ValueError, match="hooks"):
+            compress(table, Scalar())
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (50, 0)])
+def test_a_table_without_values_is_refused_before_the_first_is_touched(shape):
+    model = nn.ModuleDict({"user": embedding(), "empty": nn.Embedding(*shape)})
+    assert error_of(model, SMALL).startswith(f"Table 'empty' ({shape[0]} x {shape[1]}): it holds no values.")
+    assert type(model["user"]) is nn.Embedding
+    assert str(report(model)) and report(model).to_dict()["rows"][1]["ratio"] == 1.0
+
+
+def test_modules_that_hold_no_memory_yet_do_not_matter():
+    model = nn.ModuleDict({"user": embedding(), "later": nn.LazyLinear(4)})
+    assert report(compress(model, SMALL)).tables == SMALL.nbytes(50, 8)
+
+
+def test_another_default_dtype_of_torch_is_refused():
+    model = embedding()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert "torch's default dtype is torch.float64, and tables are made in float32" in error_of(model, SMALL)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_weights_on_the_meta_device_are_refused():
@@ -299,10 +362,18 @@ def test_counts_of_one_weight_are_added():
         ({"user": torch.ones(99, dtype=torch.int64)}, "Table 'user' (100 x 8): counts must be 100 integers >= 0, not torch.int64 of shape (99,)."),
         ({"user": torch.ones(100)}, "Table 'user' (100 x 8): counts must be 100 integers >= 0, not torch.float32"),
         ({"user": torch.full((100,), -1)}, "Table 'user' (100 x 8): counts must be 100 integers >= 0"),
+        ({"user": torch.ones(100, dtype=torch.complex64)}, "Table 'user' (100 x 8): counts must be 100 integers >= 0"),
+        (torch.ones(100), "counts must be a dict of tables' paths to counts, not Tensor."),
     ],
 )
 def test_counts_that_do_not_fit_are_errors(counts, reason):
     assert error_of(Model(), SMALL, counts=counts).startswith(reason)
+
+
+def test_counts_may_be_arrays_and_lists():
+    counts = torch.arange(50).flip(0)
+    decoded = [compress(embedding(), SMALL, counts={"": given}).decode() for given in (counts, counts.numpy(), counts.tolist())]
+    assert torch.equal(decoded[0], decoded[1]) and torch.equal(decoded[0], decoded[2])
 
 
 def test_compressed_table_is_fitted_again_on_its_decoded_rows():

@@ -311,6 +311,47 @@ def test_a_change_of_precision_and_back_changes_nothing(method):
 
 
 @promise
+def test_a_move_that_fails_changes_nothing(method):
+    table = deepcopy(fitted(method))
+    expected = table(torch.arange(50))
+
+    def fail(tensor):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        table._apply(fail)
+    torch.testing.assert_close(table(torch.arange(50)), expected)
+
+
+@promise
+def test_a_replica_answers_the_same(method):
+    """As `nn.DataParallel` makes them: parameters and buffers are attributes of the copy."""
+    table = fitted(method)
+    replica = table._replicate_for_data_parallel()
+    for name, tensor in [*table._parameters.items(), *table._buffers.items()]:
+        replica._parameters.pop(name, None)
+        replica._buffers.pop(name, None)
+        object.__setattr__(replica, name, tensor)
+    torch.testing.assert_close(replica(torch.arange(50)), table(torch.arange(50)))
+
+
+@promise
+def test_settings_are_plain_literals(method):
+    wide = {field.name: np.int64(getattr(method, field.name)) for field in fields(method) if type(field.default) is int}
+    wide |= {field.name: np.float64(getattr(method, field.name)) for field in fields(method) if type(field.default) is float}
+    wide |= {field.name: list(getattr(method, field.name)) for field in fields(method) if type(field.default) is tuple}
+    assert repr(replace(method, **wide)) == repr(method)
+    for field in fields(method):
+        kind = type(field.default)
+        for wrong in [b"", None, [b""], float("inf"), *([2.5, True] if kind is int else [])]:
+            with pytest.raises(ValueError, match=rf"^{type(method).__name__} has {field.name}=.*\. Give a plain {kind.__name__}, .*\.$"):
+                replace(method, **{field.name: wrong})
+        if field.name == "weight_power":
+            with pytest.raises(ValueError, match=rf"{type(method).__name__} has weight_power=16.0. Choose 0 to 4."):
+                replace(method, weight_power=16)
+
+
+@promise
 def test_bfloat16_agrees_within_its_precision(method):
     rows = deepcopy(fitted(method)).to(torch.bfloat16).decode()
     assert rows.dtype == torch.bfloat16

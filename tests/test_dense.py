@@ -1,6 +1,7 @@
 import json
 import struct
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -173,6 +174,24 @@ def test_modes_dtype_gradients_and_global_random_state_stay_as_they_were():
     assert not network.deep[0]._forward_hooks
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_weight_and_a_frozen_bias_stay_frozen_each_by_itself(tmp_path, frozen):
+    layer, rows = layer_and_rows()
+    layer.get_parameter(frozen).requires_grad_(False)
+    made = compress_dense(layer, [rows], rank=3)
+    save(made, tmp_path / "m")
+    plain, factored = layer_and_rows()[0], compress_dense(layer_and_rows()[0], [rows], rank=3)
+    plain.get_parameter(frozen).requires_grad_(False)
+    for name, parameter in factored.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    for found in (made, load(plain, tmp_path / "m"), load(factored, tmp_path / "m")):
+        assert {name: parameter.requires_grad for name, parameter in found.named_parameters()} == {
+            "0.weight": frozen != "weight",
+            "1.weight": frozen != "weight",
+            "1.bias": frozen != "bias",
+        }
+
+
 def test_layers_over_sequences_count_every_position():
     layer, rows = layer_and_rows()
     flat, nested = compress_dense(nn.Sequential(layer), [rows], rank=3), compress_dense(nn.Sequential(layer), [rows.view(20, 20, 12)], rank=3)
@@ -281,10 +300,28 @@ def tied():
     return network
 
 
-def hooked():
+HOOKS = {
+    "forward": lambda layer: layer.register_forward_hook(print),
+    "forward pre": lambda layer: layer.register_forward_pre_hook(print),
+    "backward": lambda layer: layer.register_full_backward_hook(print),
+    "backward pre": lambda layer: layer.register_full_backward_pre_hook(print),
+    "state dict": lambda layer: layer.register_state_dict_post_hook(lambda *call: None),
+    "state dict pre": lambda layer: layer.register_state_dict_pre_hook(print),
+    "load pre": lambda layer: layer.register_load_state_dict_pre_hook(print),
+    "load post": lambda layer: layer.register_load_state_dict_post_hook(print),
+    "weight": lambda layer: layer.weight.register_hook(print),
+    "bias after accumulation": lambda layer: layer.bias.register_post_accumulate_grad_hook(print),
+}
+
+
+def hooked(kind):
     network = model()
-    network.deep[0].register_forward_hook(lambda *call: None)
+    HOOKS[kind](network.deep[0])
     return network
+
+
+def encoder():
+    return nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), "head": nn.Linear(32, 32)})
 
 
 def broken():
@@ -305,6 +342,11 @@ def broken():
             "No layer matches the pattern 'depe.*'. The layers of class nn.Linear are: 'deep.0' (16 -> 24), 'deep.3'",
         ),
         (lambda: nn.Embedding(3, 2), {"rank": 2}, "No layer matches the pattern '*'. The layers of class nn.Linear are: none."),
+        (model, {"rank": 2, "layers": []}, "layers=[] names no layer. Give globs on their paths, or leave it out for all."),
+        (model, {"rank": 2.0}, "rank=2.0 must be an integer."),
+        (model, {"rank": True}, "rank=True must be an integer."),
+        (meta_model, {"rank": 2}, "Layer 'deep.0' (16 -> 24): it is on the meta device and holds no values. Load its weights first, or"),
+        (encoder, {"rank": 2, "layers": "*.linear2"}, "Layer 'encoder.linear2' (64 -> 32): nn.TransformerEncoderLayer reads its weight"),
         (model, {"rank": 0}, "rank=0 makes no layer smaller. Choose 1 to 10."),
         (model, {"rank": 11}, "rank=11 makes no layer smaller. Choose 1 to 10."),
         (model, {"rank": 1, "layers": "deep.5"}, "No rank makes a layer smaller: 'deep.5' (20 -> 1). Choose wider ones."),
@@ -315,7 +357,7 @@ def broken():
         ),
         (model, {"ratio": 1}, "ratio=1 cannot be met"),
         (tied, {"rank": 2}, "Layer 'first' (16 -> 16): its weight is also the parameter 'second.weight'. Untie them, or leave the layer out"),
-        (hooked, {"rank": 2}, "Layer 'deep.0' (16 -> 24): it has hooks"),
+        *((partial(hooked, kind), {"rank": 2}, "Layer 'deep.0' (16 -> 24): it has hooks") for kind in HOOKS),
         (broken, {"rank": 2}, "Layer 'deep.0' (16 -> 24): it puts out values on the batches that are not finite."),
     ],
 )
@@ -342,6 +384,16 @@ def test_the_output_layer_of_attention_which_is_never_called_is_no_candidate():
     network = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match=r"The layers of class nn\.Linear are: none"):
         compress_dense(network, [], rank=2)
+
+
+def test_a_transformer_encoder_whose_weights_torch_reads_itself_still_answers():
+    network, rows = encoder().eval(), torch.randn(4, 10, 32, generator=seeded(1))
+    network.forward = lambda rows: network["head"](network["encoder"](rows))
+    before = network["encoder"](rows)
+    compress_dense(network, [rows], rank=4)
+    with torch.no_grad():
+        torch.testing.assert_close(network["encoder"](rows), before, rtol=1e-4, atol=1e-5)  # torch's one kernel against its parts
+    assert isinstance(network["head"], LowRankLinear)
 
 
 @pytest.fixture(scope="module")

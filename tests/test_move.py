@@ -97,6 +97,13 @@ def test_padding_of_a_compressed_table_must_match():
         move_tables(compress(model("a", user=embedding()), SMALL), model("b", user=embedding(padding_idx=0)))
 
 
+def test_pooling_of_a_compressed_table_must_match():
+    source = compress(model("a", user=nn.EmbeddingBag(50, 8, mode="mean", padding_idx=0)), SMALL)
+    with pytest.raises(ValueError, match=r"the source has pooling with mode='mean', padding_idx=0, .* the target pooling with mode='sum'"):
+        move_tables(source, model("b", user=nn.EmbeddingBag(50, 8, mode="sum")))
+    move_tables(source, model("b", user=nn.EmbeddingBag(50, 8, mode="mean", padding_idx=0)))
+
+
 def test_moved_table_answers_in_the_target():
     source = compress(model("a", user=embedding()), SMALL)
     target = model("b", user=embedding())

@@ -71,6 +71,23 @@ def test_rows_of_a_bag_are_heard_one_by_one(mode):
     torch.testing.assert_close(flat.metric, one.metric)
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_model_may_change_in_place_what_it_looked_up(kind):
+    class Scaled(Linear):
+        def forward(self, ids):
+            rows = self.table(ids.unsqueeze(1)).reshape(-1, 4)
+            rows = rows.mul_(2) if self.in_place else rows * 2
+            return rows.square() @ self.direction
+
+    measured = []
+    for in_place in (True, False):
+        model = Scaled(kind(20, 4, _weight=make_embedding().weight.detach().clone()))
+        model.in_place = in_place
+        measured.append(leanrec.measure_sensitivity(model, [torch.arange(20)])["table"])
+    torch.testing.assert_close(measured[0].rows, measured[1].rows)
+    torch.testing.assert_close(measured[0].metric, measured[1].metric)
+
+
 def test_padding_counts_for_nothing():
     found = leanrec.measure_sensitivity(Linear(make_embedding(padding_idx=0)), [torch.tensor([0, 0, 0, 3])])["table"]
     alone = leanrec.measure_sensitivity(Linear(make_embedding(padding_idx=0)), [torch.tensor([3])])["table"]
@@ -126,6 +143,37 @@ def test_a_model_that_puts_out_what_is_not_finite_is_an_error_of_one_line(value)
     with pytest.raises(ValueError, match=r"not finite \(nan or inf\).*Repair the model or the batches") as error:
         leanrec.measure_sensitivity(model, [torch.arange(20)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        torch.no_grad()(lambda model, rows: rows @ model.direction),
+        torch.inference_mode()(lambda model, rows: rows @ model.direction),
+        lambda model, rows: rows @ model.direction > 0,
+        lambda model, rows: rows.detach() @ model.direction,
+        lambda model, rows: torch.zeros(len(rows)),
+    ],
+)
+def test_outputs_without_a_gradient_by_the_rows_are_an_error_of_one_line(answer):
+    class Answering(Linear):
+        def forward(self, ids):
+            return answer(self, self.table(ids))
+
+    with pytest.raises(ValueError, match=r"The model's outputs \(torch\.(bool|float32)\) have no gradient by the rows of its tables") as error:
+        leanrec.measure_sensitivity(Answering(make_embedding()), [torch.arange(20)])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_forward_without_gradients_at_all_is_an_error(context):
+    class Answering(Linear):
+        def forward(self, ids):
+            with context():
+                return super().forward(ids)
+
+    with pytest.raises(ValueError, match="have no gradient by the rows"):
+        leanrec.measure_sensitivity(Answering(make_embedding()), [torch.arange(20)])
 
 
 def test_finite_outputs_with_gradients_that_are_not_are_an_error():

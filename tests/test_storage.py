@@ -11,6 +11,7 @@ from torch import nn
 from leanrec import storage
 from leanrec.bag import TableBag
 from leanrec.compress import compress, tables
+from leanrec.dense import compress_dense
 from leanrec.methods import METHODS, PQ, Full
 from leanrec.methods.pq import PQTable
 from leanrec.report import report
@@ -93,6 +94,27 @@ def test_training_mode_stays_that_of_the_given_model(tmp_path):
     save(compressed(), tmp_path / "m")
     assert all(module.training for module in load(Model(), tmp_path / "m").modules())
     assert not any(module.training for module in load(Model().eval(), tmp_path / "m").modules())
+
+
+@pytest.mark.parametrize("places", [[], ["user"], ["tags", "plain", "head"], ["user", "tags", "plain", "head"]])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_takes_the_place_of_something_frozen_is_frozen(tmp_path, places, device):
+    def build(device="cpu"):
+        with torch.device(device):
+            model = Model()
+            model.head = nn.Linear(8, 8)
+        for place in places:
+            model.get_submodule(place).requires_grad_(False)
+        return model
+
+    torch.manual_seed(0)
+    model = compress(build(), {"user": METHOD, "tags": METHOD})
+    model.head = compress_dense(model.head, [torch.randn(50, 8)], rank=1)
+    save(model, tmp_path / "m")
+    loaded = load(build(device), tmp_path / "m")
+    flags = {name: parameter.requires_grad for name, parameter in loaded.named_parameters()}
+    assert flags == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name for name, flag in flags.items() if not flag} == {name for name in flags if name.startswith(tuple(places))}
 
 
 def test_loaded_model_trains(tmp_path):
@@ -210,6 +232,32 @@ def test_metadata_comes_back(tmp_path):
     assert read_metadata(tmp_path / "m") == {}
 
 
+@pytest.mark.parametrize("notes", [{"a": torch.zeros(2)}, {(1, 2): 3}, {"a": {1}}, [1], 5])
+def test_metadata_that_is_no_json_is_refused(tmp_path, notes):
+    with pytest.raises(ValueError, match="metadata cannot be written as JSON") as error:
+        save(compressed(), tmp_path / "m", metadata=notes)
+    assert "\n" not in str(error.value) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "altered"),
+    [
+        (b'"metadata"', b'"metadatb"'),
+        (rb'"{\"note\"', rb'"[\"note\"'),
+        (rb"{\"note\": [[1]]}", b"[[1]]"),
+    ],
+)
+def test_damaged_metadata_is_refused(tmp_path, found, altered):
+    path = tmp_path / "m"
+    save(compressed(), path, metadata={"note": [[1]]})
+    content = path.read_bytes()
+    assert found in content
+    path.write_bytes(content.replace(found, altered.ljust(len(found))))
+    with pytest.raises(ValueError, match="its metadata is damaged") as error:
+        read_metadata(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("position", ["header", "first byte", "last byte"])
 def test_altered_file_is_refused(tmp_path, position):
     path = tmp_path / "m"
@@ -264,6 +312,14 @@ def test_other_version_of_the_format_is_refused(tmp_path, monkeypatch):
         ({"places": {"user": {"mode": "median"}}}, "mode='median' is unknown"),
         ({"places": None}, "malformed"),
         ({"dtype": "int8"}, "malformed"),
+        ({"num_embeddings": 100.0}, "it holds the table 'user' (100.0 x 8), but"),
+        ({"places": {}, "method": "Magic"}, "Magic"),
+        ({"places": {"user": {"mode": "sum", "padding_idx": 1.5}}}, "table 'user': padding_idx=1.5 is neither null nor one of the rows 0 to 99."),
+        ({"places": {"user": {"mode": "sum", "include_last_offset": "no"}}}, "table 'user': include_last_offset='no' is neither"),
+        *(({"padding_idx": value}, f"table 'user': padding_idx={value!r} is neither null nor") for value in ("a", 1.5, 10**9, 100, -3, True, [0])),
+        *(({"fit_error": value}, f"table 'user': fit_error={value!r} is neither null nor a number.") for value in ("x", [0.5], True)),
+        *(({"method": text}, "table 'user': ") for text in ("PQ(weight_power=1" + "0" * 400 + ")", "PQ" + "()" * 490, "-" * 5000 + "1")),
+        ({"method": "PQ(num_centroids=" + "9" * 900 + ")"}, "table 'user': "),
     ],
 )
 def test_header_that_lies_is_refused(tmp_path, monkeypatch, changes, reason):
@@ -271,6 +327,14 @@ def test_header_that_lies_is_refused(tmp_path, monkeypatch, changes, reason):
     monkeypatch.setattr(storage, "_describe", lambda groups: [describe(groups)[0] | changes, *describe(groups)[1:]])
     save(compressed(), tmp_path / "m")
     refused(tmp_path / "m", reason)
+
+
+@pytest.mark.parametrize("key", ["tables", "dense", "shared"])
+def test_deeply_nested_header_is_refused(tmp_path, monkeypatch, key):
+    texts = storage.header_texts
+    monkeypatch.setattr(storage, "header_texts", lambda *given, **named: texts(*given, **named) | {key: "[" * 100_000})
+    save(compressed(), tmp_path / "m")
+    refused(tmp_path / "m", "its header is malformed (RecursionError: ")
 
 
 def test_model_that_differs_is_named(tmp_path):

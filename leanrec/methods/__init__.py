@@ -97,6 +97,9 @@ METHODS: dict[str, type[Method]] = {
     )
 }
 
+_MAX_CHARACTERS = 1000
+_HOW_TO_WRITE = "Write a name, with named arguments if any: PQ or PQ(num_subspaces=4, num_centroids=256)."
+
 
 def parse(text: str) -> Method:
     """The method that a text such as `PQ`, `PQ()` or `PQ(num_subspaces=4)` names: the inverse of its repr.
@@ -106,6 +109,17 @@ def parse(text: str) -> Method:
     Raises:
         ValueError: No such method, no such argument, or no literal; the message lists what there is.
     """
+    if len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"cannot read a text of {len(text)} characters as a method; {_MAX_CHARACTERS} are the most. {_HOW_TO_WRITE}")
+    try:
+        name, settings = _read(text)
+    except (TypeError, OverflowError, MemoryError, RecursionError):  # what Python's parser and literals answer to odd or deeply nested text
+        raise ValueError(f"cannot read {text!r} as a method. {_HOW_TO_WRITE}") from None
+    return METHODS[name](**settings)
+
+
+def _read(text: str) -> tuple[str, dict[str, Any]]:
+    """Name of a method and the values of its arguments."""
     name, arguments = _split_call(text)
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}. Choose one of {list(METHODS)}.")
@@ -116,20 +130,20 @@ def parse(text: str) -> Method:
             fault = "an unknown argument" if argument.arg not in known else "twice the argument"
             raise ValueError(f"{text!r} has {fault} {argument.arg!r}. {name} takes each of {list(known)} at most once.")
         settings[argument.arg] = _read_value(known[argument.arg], argument.value)
-    return METHODS[name](**settings)
+    return name, settings
 
 
 def _split_call(text: str) -> tuple[str, list[ast.keyword]]:
     """Name and named arguments of `Name` or `Name(argument=literal, ...)`."""
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         node = None
     if isinstance(node, ast.Name):
         return node.id, []
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
         return node.func.id, node.keywords
-    raise ValueError(f"cannot read {text!r} as a method. Write a name, with named arguments if any: PQ or PQ(num_subspaces=4, num_centroids=256).")
+    raise ValueError(f"cannot read {text!r} as a method. {_HOW_TO_WRITE}")
 
 
 def _read_value(field: Field[Any], node: ast.expr) -> Any:

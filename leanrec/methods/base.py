@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,6 +19,7 @@ from leanrec.ops.sensitivity import Sensitivity
 from leanrec.ops.spread import Spread
 
 _CHUNK_VALUES = 2**20
+_MAX_WEIGHT_POWER = 4  # of counts up to a billion, which float32 still holds
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,27 @@ class Method(ABC):
 
     Its text form is its repr, `PQ(num_subspaces=4, num_centroids=256)`: the same in code, on the command line, in result files
     and in saved models (`leanrec.methods.parse` reads it back). The first line of the class docstring names the paper.
+
+    Raises:
+        ValueError: A setting is not of the type of its default; whole numbers and floats of NumPy and torch become Python's own.
     """
 
     knob: ClassVar[str]
     """The integer field that trades size for quality: size never falls as it grows."""
     gaps: ClassVar[Mapping[str, str]] = {}
     """Ways of use, "fit" after training or "scratch" from its first step on, that the method does not have -> why."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            try:
+                object.__setattr__(self, field.name, _plain(value, field.default))
+            except (TypeError, ValueError, OverflowError):
+                kind = type(field.default).__name__
+                raise ValueError(f"{type(self).__name__} has {field.name}={value!r}. Give a plain {kind}, such as {field.default!r}.") from None
+        power = getattr(self, "weight_power", 0.0)
+        if not 0 <= power <= _MAX_WEIGHT_POWER:
+            raise ValueError(f"{type(self).__name__} has weight_power={power}. Choose 0 to {_MAX_WEIGHT_POWER}.")
 
     @abstractmethod
     def knob_values(self, num_embeddings: int, embedding_dim: int) -> Sequence[int]:
@@ -130,6 +147,11 @@ class Table(nn.Module, ABC):
     """Buffers of float16 that stay so, as they are stored, whatever precision the table is asked to have."""
 
     def __init__(self, method: Method, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
+        if torch.get_default_dtype() != torch.float32:
+            raise ValueError(
+                f"torch's default dtype is {torch.get_default_dtype()}, and tables are made in float32. Call torch.set_default_dtype(torch.float32), "
+                "and give the model another precision by .to(dtype)."
+            )
         super().__init__()
         self.method = method
         self.num_embeddings = num_embeddings
@@ -167,9 +189,15 @@ class Table(nn.Module, ABC):
         """
         return None
 
-    def held(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Its own parameters and buffers by name, for `coded`: to find one as an attribute takes `nn.Module` as long as reading a row."""
-        return self._parameters, self._buffers
+    def held(self, name: str) -> Any:
+        """A parameter or buffer of its own, for `coded`: to find one as an attribute takes `nn.Module` as long as reading a row.
+
+        Replicas of `nn.DataParallel` and modules that `torch.nn.utils.prune` has changed have it as an attribute alone.
+        """
+        found: Tensor | None = self._parameters.get(name)
+        if found is None:
+            found = self._buffers.get(name)
+        return getattr(self, name) if found is None else found
 
     def penalty(self) -> Tensor | float:
         """A term that training adds to its loss; 0 where the method has none."""
@@ -272,14 +300,30 @@ class Table(nn.Module, ABC):
         """What `.to`, `.float` and the like call."""
         for name in self.halves:
             self._buffers[name] = self.get_buffer(name).view(torch.int16)  # whole numbers go to other devices, but to no other precision
-        super()._apply(fn, recurse)
-        for name in self.halves:
-            self._buffers[name] = self.get_buffer(name).view(torch.float16)
+        try:
+            super()._apply(fn, recurse)
+        finally:  # a device may not be there, or be full
+            for name in self.halves:
+                self._buffers[name] = self.get_buffer(name).view(torch.float16)
         return self
 
     def extra_repr(self) -> str:
         """Shape and settings, for `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.method!r}"
+
+
+def _plain(value: Any, default: Any) -> Any:
+    """A value as a Python literal of the type of a default; raises TypeError, ValueError or OverflowError."""
+    kind = type(default)
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(_plain(each, default[0]) for each in value)
+    if kind is int and type(value) is not bool:
+        return operator.index(value)
+    if kind is float and type(value) is not bool and math.isfinite(value):
+        return float(value)
+    if kind in (bool, str) and type(value) is kind:
+        return value
+    raise TypeError
 
 
 def size_grid(least: int, most: int, *, per_octave: int) -> list[int]:

@@ -105,6 +105,7 @@ class DPQTable(PQTable):
 
     @torch.no_grad()
     def maintain(self, step: int) -> Iterable[tuple[nn.Parameter, Tensor]]:
+        self._distance = 0.0  # of a step whose loss left the penalty out
         if self.queries is not None and self.used is not None and (step + 1) % REVIVE_STEPS == 0:
             ids = self._last_ids.unique()
             for takeable, takers in self._takers(ids):

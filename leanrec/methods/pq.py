@@ -107,8 +107,7 @@ class PQTable(StreamingTable):
         return self._words(self._codes(ids))
 
     def coded(self) -> fused.Coded | None:
-        parameters, buffers = self.held()
-        return fused.concat(buffers["packed_codes"], parameters["codebooks"], self.num_bits, self.embedding_dim)
+        return fused.concat(self.held("packed_codes"), self.held("codebooks"), self.num_bits, self.embedding_dim)
 
     def codes(self) -> Tensor:
         """The centroid of each part of each row: (V, M) int64."""

@@ -139,8 +139,7 @@ class RQTable(StreamingTable):
         return sum_words(self._codes(ids), self.codebooks)
 
     def coded(self) -> fused.Coded | None:
-        parameters, buffers = self.held()
-        return fused.sums(buffers["packed_codes"], parameters["codebooks"], self.num_bits, self.embedding_dim)
+        return fused.sums(self.held("packed_codes"), self.held("codebooks"), self.num_bits, self.embedding_dim)
 
     def codes(self) -> Tensor:
         """The centroid of each level of each row: (V, L) int64."""
@@ -174,8 +173,7 @@ class ByteRQTable(RQTable):
         return sum_words(self._codes(ids), self.words).to(self.scales.dtype) * self.scales
 
     def coded(self) -> fused.Coded | None:
-        parameters, buffers = self.held()
-        return fused.byte_sums(buffers["packed_codes"], buffers["words"], parameters["scales"], self.num_bits)
+        return fused.byte_sums(self.held("packed_codes"), self.held("words"), self.held("scales"), self.num_bits)
 
 
 def _beam_size(search: int, num_centroids: int) -> int:

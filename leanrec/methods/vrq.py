@@ -225,14 +225,13 @@ class VRQTable(StreamingTable):
         return self.mean + (words * present.unsqueeze(2)).sum(1)
 
     def coded(self) -> fused.Coded | None:
-        parameters, buffers = self.held()
         return fused.levels(
-            buffers["packed_codes"],
+            self.held("packed_codes"),
             self.num_bits,
-            mean=parameters["mean"],
-            borders=buffers["borders"],
-            packed_words=buffers["packed_words"],
-            scales=buffers["scales"],
+            mean=self.held("mean"),
+            borders=self.held("borders"),
+            packed_words=self.held("packed_words"),
+            scales=self.held("scales"),
             packed_ranks=None if self.method.sorted_rows else self.order.packed_ranks,
             rank_bits=0 if self.method.sorted_rows else self.order.num_bits,
             width=self.embedding_dim,

@@ -111,7 +111,7 @@ class Dice(nn.Module):
             normalized = F.batch_norm(s, self.mean, self.variance, training=True, eps=1e-8)
         else:
             normalized = (s - self.mean) * torch.rsqrt(self.variance + 1e-8)
-        return torch.lerp(self.alpha * s, s, normalized.sigmoid())
+        return torch.lerp(self.alpha.to(s.dtype) * s, s, normalized.sigmoid().to(s.dtype))  # under autocast, s alone is of lower precision
 
 
 def _targets(schema: Schema, chosen: Mapping[str, str]) -> dict[str, str]:

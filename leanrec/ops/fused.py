@@ -30,6 +30,7 @@ _FINE, _BAD_BORDERS, _BAD_OFFSETS = -1, -2, -3  # what the kernel answers beside
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CPU = torch.device("cpu")
 IDS = (torch.int64, torch.int32)  # of ids that the kernel reads
+_ANY_ROW = 2**62  # more than a table has
 _enabled = True
 
 
@@ -414,6 +415,25 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _rows.register_autograd(_backward, setup_context=_save)
+
+
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, ids, tensors, ctx.numbers, ctx.layout, ctx.padding = inputs
+    ctx.width = grad.shape[1]
+    ctx.save_for_backward(ids, *tensors)
+
+
+def _backward_of_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradient is linear in that of the rows: what goes back is the rows of a table whose values are `grad`."""
+    ids, _, *tensors = ctx.saved_tensors
+    if ctx.layout == "levels":
+        rows = grad.expand(len(ids), -1).masked_fill((ids == ctx.padding).unsqueeze(1), 0.0)
+    else:
+        rows = _rows(ids, [grad.contiguous(), *tensors], ctx.numbers, ctx.layout, ctx.width, _ANY_ROW, ctx.padding)
+    return rows, None, [None] * (1 + len(tensors)), None, None, None
+
+
+_rows_gradient.register_autograd(_backward_of_gradient, setup_context=_save_gradient)
 
 
 def _say_not_built() -> None:

@@ -112,6 +112,15 @@ def test_vq_passes_the_gradient_to_the_queries_and_the_centroids_follow_them():
     torch.testing.assert_close(table.queries.grad, torch.zeros(V, D).index_add(0, ids, pull))
 
 
+def test_a_loss_without_the_penalty_leaves_nothing_behind():
+    table = DPQ(num_subspaces=2, num_centroids=4).build(50, 8)
+    table.begin()
+    for step in range(2):
+        table(torch.arange(50)).sum().backward()
+        table.maintain(step)
+    assert table.penalty() == 0.0
+
+
 def test_penalty_is_of_the_look_ups_since_the_last_one_and_leaves_padding_out():
     table = begun(VQ, spread=0.05)
     table.padding_idx = 3

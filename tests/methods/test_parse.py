@@ -47,6 +47,34 @@ def test_what_is_no_call_of_a_name_is_refused(text):
         parse(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "PQ(weight_power=1" + "0" * 400 + ")",
+        "PQ(weight_power=1" + "0" * 5000 + ")",
+        "PQ(weight_power=1e999)",
+        "PQ(weight_power=-1e999)",
+        "PQ(num_subspaces=" + "-" * 900 + "4)",
+        "-" * 100_000 + "4",
+        "PQ" + "()" * 490,
+        "PQ" + "()" * 10_000,
+        "PQ(num_subspaces=" + "1+" * 450 + "1)",
+        "+".join("1" * 100_000),
+        "PQ(num_subspaces=" + "[" * 150 + "]" * 150 + ")",
+        "PQ(num_subspaces=" + "(" * 900,
+        "PQ(num_subspaces={[]: 1})",
+        "PQ(num_subspaces='\0')",
+        "PQ\0",
+        "PQ\ud800",
+    ],
+    ids=lambda text: f"{text[:24]!a}... of {len(text)}",
+)
+def test_text_that_is_too_much_for_python_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match=r"PQ|weight_power|num_subspaces") as error:
+        parse(text)
+    assert type(error.value) is ValueError and "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
 def test_nothing_is_evaluated(tmp_path):
     target = tmp_path / "touched"
     with pytest.raises(ValueError, match="not a literal"):

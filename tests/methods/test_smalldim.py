@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import leanrec
 from leanrec.methods import LowRank, SmallDim
 
 
@@ -17,6 +18,13 @@ def test_a_fit_gives_the_rows_of_low_rank():
 
 def test_bytes_are_a_smaller_table_a_projection_and_its_bias():
     assert SmallDim(small_dim=3).nbytes(1000, 16) == (1000 * 3 + 3 * 16 + 16) * 4
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    table = torch.nn.Embedding(600, 12)
+    counts = {"": torch.arange(600)}
+    plan = leanrec.fit_budget(table, SmallDim(), ratio=3, counts=counts)
+    assert isinstance(leanrec.compress(table, plan, counts=counts).method, SmallDim)
 
 
 @pytest.mark.parametrize(("num_embeddings", "small_dim"), [(1000, 16), (4, 3)])

@@ -181,6 +181,18 @@ def test_din_trains_on_a_batch_with_too_few_behaviours_for_statistics(schema, fe
     assert torch.equal(model.units[0].relevance[1].mean, statistics)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["dice", "prelu"])
+def test_din_under_autocast_answers_as_without_but_for_rounding(schema, features, activation, training):
+    model = lively("din", schema, activation=activation).train(training)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(features)
+    logits.float().sum().backward()
+    expected = model(features)
+    assert (logits - expected).norm() < 0.05 * expected.norm()  # bfloat16 has 8 bits: some rounding errors of 1 in 256
+    assert all(parameter.grad is not None for parameter in model.units.parameters())
+
+
 def test_din_averages_a_sequence_without_a_target(features, schema):
     pages = Field("pages", "sequence", "page", 20, max_length=6)
     schema = Schema((*schema.fields, pages))

@@ -138,6 +138,19 @@ def test_gradients_are_those_of_plain_torch(method, padding):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [PQ(num_subspaces=4, num_centroids=200), RQ(num_levels=3), RQ(word_bits=8), VRQ()], ids=repr)
+def test_gradients_of_gradients_are_those_of_plain_torch(method):
+    table = make_table(method)
+    table.padding_idx = 3
+    values, ids = next(table.parameters()), torch.randint(20, (300,), generator=seeded(7))
+
+    def penalty_gradient(read):
+        [first] = torch.autograd.grad(read(ids).sin().sum(), values, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), values)[0]
+
+    torch.testing.assert_close(penalty_gradient(table), penalty_gradient(lambda ids: by_torch(table, ids)), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", [PQ(), RQ(), RQ(word_bits=8), VRQ(), Scalar(num_bits=4)], ids=repr)
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("padding", [None, 3])
