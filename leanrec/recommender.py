@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from leanrec import models, runs, storage
 from leanrec.budget import Sizes, fit_budget
-from leanrec.compress import compress
+from leanrec.compress import choose, compress
 from leanrec.data.loader import Loader
 from leanrec.data.schema import Schema
 from leanrec.data.vocabulary import read_counts
@@ -69,7 +71,7 @@ def open_run(folder: Path) -> Recommender:
     """The recommender that `leanrec train` or `leanrec compress` wrote.
 
     Raises:
-        ValueError: The folder holds no such run, or its files are damaged.
+        ValueError: The folder holds no such run, its files are damaged, or its log was prepared anew, so that ids stand for other values.
     """
     record = runs.load(folder)
     if not (folder / MODEL_FILE).is_file():
@@ -80,16 +82,32 @@ def open_run(folder: Path) -> Recommender:
         )
         raise ValueError(f"{folder}: holds {kind}. Give a run of `leanrec train` or of `leanrec compress` on a model.")
     recommender = record["recommender"]
+    data = Path(recommender["data"])
+    if (data / runs.RUN_FILE).is_file() and log_identity(data) != recommender["log"]:
+        raise ValueError(f"{folder}: was trained on another log than the one that lies at {data} now. Prepare that one again, or train anew.")
     schema = Schema.load(folder / SCHEMA_FILE)
     with torch.device("meta"):
         model = models.build(recommender["name"], schema, **recommender["settings"])
     model = storage.load(model, folder / MODEL_FILE)
-    return Recommender(model, schema, Path(recommender["data"]), recommender["name"], recommender["settings"])
+    return Recommender(model, schema, data, recommender["name"], recommender["settings"])
 
 
 def describe(recommender: Recommender) -> dict[str, Any]:
     """What `run.json` keeps of a recommender so that `open_run` can build it again."""
-    return {"name": recommender.name, "settings": dict(recommender.settings), "data": str(recommender.data.resolve())}
+    data = recommender.data.resolve()
+    return {"name": recommender.name, "settings": dict(recommender.settings), "data": str(data), "log": log_identity(data)}
+
+
+def log_identity(data: Path) -> str:
+    """The same text for the same prepared log, whose ids stand for the same values: input files and all settings, but not where they lie.
+
+    Raises:
+        ValueError: `data` is no prepared log.
+    """
+    record = runs.load(data)
+    inputs = {split: [Path(path).name for path in paths] for split, paths in record["settings"].get("inputs", {}).items()}
+    text = json.dumps([record.get("fingerprint"), record["settings"] | {"inputs": inputs}], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def table_counts(recommender: Recommender) -> dict[str, Tensor]:
@@ -129,6 +147,7 @@ def compress_tables(
     """
     plan: Method | dict[str, Method | None]
     plan = parse(method) if isinstance(method, str) else {glob: None if text is None else parse(text) for glob, text in method.items()}
+    choose(recommender.model, plan)  # raises what is wrong with it before anything is measured
     methods, has_budget = [plan] if isinstance(plan, Method) else list(plan.values()), ratio is not None or nbytes is not None
     if has_budget:
         if not isinstance(plan, Method):

@@ -53,30 +53,33 @@ def is_finished(out: Path, *, command: str, settings: Mapping[str, Any]) -> bool
         return True
     if record["command"] != command:
         raise ValueError(f"{out}: holds the result of `leanrec {record['command']}`. Choose another --out or delete it.")
-    changed = sorted(key for key in given.keys() | record["settings"].keys() if given.get(key) != record["settings"].get(key))
-    differences = ", ".join(f"{key}: {record['settings'].get(key)!r} there, {given.get(key)!r} now" for key in changed)
-    raise ValueError(f"{out}: holds a run with other settings ({differences}). Choose another --out or delete it.")
+    raise ValueError(f"{out}: holds a run with other settings ({_differences(record['settings'], given)}). Choose another --out or delete it.")
 
 
 @contextmanager
 def create(out: Path, *, command: str, settings: Mapping[str, Any], resumable: bool = False) -> Iterator[Run]:
     """A run that writes into `OUT.partial` and becomes `OUT`, with its `run.json`, only when the block ends well.
 
-    An exception or a kill leaves `OUT.partial`. A resumable run with the same settings goes on from there; any other starts afresh.
-    A ValueError before anything was written leaves nothing: the user asked for what cannot be.
+    An exception or a kill leaves `OUT.partial`. A resumable run goes on from there; one that is not resumable starts afresh. A ValueError
+    before anything was written leaves nothing: the user asked for what cannot be.
 
     Args:
         out: The folder that the user asked for; it must not exist (see `is_finished`).
         command: Name of the verb.
         settings: Everything that decides the result, literals and paths; written to `run.json`.
         resumable: Whether what an interrupted run left is kept for this one.
+
+    Raises:
+        ValueError: `OUT.partial` is not what a run left, or what a resumable run with other settings left.
     """
     partial = out.with_name(out.name + ".partial")
     saved = partial / SETTINGS_FILE
     text = json.dumps({"command": command, "settings": _plain(settings)}, indent=1, sort_keys=True)
     resumed = resumable and saved.is_file() and saved.read_text() == text
     if not resumed:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.exists():
+            _check_disposable(partial, command, settings, resumable=resumable)
+            shutil.rmtree(partial)
         partial.mkdir(parents=True)
         write_atomically(saved, text)
     run, start = Run(partial, resumed), time.perf_counter()
@@ -109,13 +112,27 @@ def load(folder: Path) -> dict[str, Any]:
         ValueError: `folder` is not one.
     """
     try:
-        return json.loads((folder / RUN_FILE).read_text())
+        record = json.loads((folder / RUN_FILE).read_text())
     except FileNotFoundError:
         unfinished = folder.with_name(folder.name + ".partial").exists()
         hint = "the run was interrupted; give the same command again" if unfinished else "give a folder that a leanrec command wrote"
         raise ValueError(f"{folder}: no finished run here ({RUN_FILE} not found); {hint}.") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder / RUN_FILE}: not JSON ({error}).") from None
+    if not (isinstance(record, dict) and isinstance(record.get("command"), str) and isinstance(record.get("settings"), dict)):
+        raise ValueError(
+            f"{folder / RUN_FILE}: not the record of a run, which has a command and its settings. Give the command again with another --out."
+        )
+    return record
+
+
+def identity(folder: Path) -> str:
+    """The same text for the same finished run, and another one when it was made anew.
+
+    Raises:
+        ValueError: `folder` is not one.
+    """
+    return hashlib.sha256(json.dumps(load(folder), sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -178,6 +195,29 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _check_disposable(partial: Path, command: str, settings: Mapping[str, Any], *, resumable: bool) -> None:
+    """Raise ValueError unless a run that starts afresh may take the place of what is there."""
+    names = {path.name for path in partial.iterdir()}
+    if names <= {SETTINGS_FILE, SETTINGS_FILE + ".tmp"}:
+        return
+    try:
+        left = json.loads((partial / (SETTINGS_FILE if SETTINGS_FILE in names else RUN_FILE)).read_text())
+        left_command, left_settings = left["command"], dict(left["settings"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{partial}: is in the way, and not what an interrupted run left. Move it, or choose another --out.") from None
+    if left_command != command:
+        raise ValueError(f"{partial}: holds an interrupted `leanrec {left_command}`. Delete it, or choose another --out.")
+    if resumable and (differences := _differences(left_settings, _plain(settings))):
+        raise ValueError(
+            f"{partial}: holds an interrupted run with other settings ({differences}). Go on with those, delete it, or choose another --out."
+        )
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    changed = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))
+    return ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in changed)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

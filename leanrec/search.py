@@ -120,7 +120,7 @@ class _Search:
                 bad, ratio = trial, ratio / 2
                 if good is None and ratio < LEAST_RATIO:
                     raise ValueError(
-                        f"No size of {self.method} keeps the validation AUC within {self.max_auc_drop}: at ratio {trial.ratio:g} it drops by "
+                        f"No size of {type(self.method).__name__} keeps the validation AUC within {self.max_auc_drop}: at ratio {trial.ratio:g} it drops by "
                         f"{trial.auc_drop:.5f}. Allow more, or choose another method."
                     )
         return good, bad

@@ -70,6 +70,7 @@ def compress_run(
     """
     arguments = {
         "run": run,
+        "record": runs.identity(run),
         "method": method,
         "ratio": ratio,
         "nbytes": nbytes,
@@ -81,6 +82,8 @@ def compress_run(
     }
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share={teacher_share} must be from 0 to 1.")
+    if teacher_share and tuning is None:
+        raise ValueError(f"teacher_share={teacher_share} is for the fine-tuning, and there is none: tune for an epoch or more, or leave it out.")
     if max_auc_drop is not None:
         _check_search(method, ratio, nbytes, max_auc_drop)
     if runs.is_finished(out, command="compress", settings=arguments):

@@ -314,7 +314,8 @@ def test_train_prints_what_the_run_keeps(base, small_log, capsys):
     written = (base / "model.safetensors").stat().st_mtime_ns
     out = _done(capsys, *same)
     assert (base / "model.safetensors").stat().st_mtime_ns == written  # a finished run is not repeated
-    assert f"validation AUC {record['valid']['auc']:.5f}" in out
+    best = max(record["history"], key=lambda entry: entry["auc"])["step"]
+    assert f"validation AUC {record['valid']['auc']:.5f}" in out and f": the best, after {best:,} of {record['steps']:,} steps" in out
     assert record["settings"]["model_settings"] == {"embedding_dim": 8}
 
 

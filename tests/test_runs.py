@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -111,14 +112,40 @@ def test_resumable_run_goes_on_from_what_was_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-@pytest.mark.parametrize(
-    ("settings", "command", "resumable"), [({**SETTINGS, "epochs": 5}, "train", True), (SETTINGS, "compress", True), (SETTINGS, "train", False)]
-)
-def test_run_that_differs_or_cannot_resume_starts_afresh(tmp_path, settings, command, resumable):
+@pytest.mark.parametrize("settings", [SETTINGS, {**SETTINGS, "epochs": 5}])
+def test_run_that_cannot_resume_starts_afresh(tmp_path, settings):
     _interrupt(tmp_path / "base")
-    with runs.create(tmp_path / "base", command=command, settings=settings, resumable=resumable) as run:
+    with runs.create(tmp_path / "base", command="train", settings=settings, resumable=False) as run:
         assert not run.resumed
         assert not (run.folder / "checkpoint.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "command", "reason"),
+    [
+        ({**SETTINGS, "epochs": 5}, "train", "holds an interrupted run with other settings (epochs: 3 there, 5 now). Go on with those, delete it"),
+        (SETTINGS, "compress", "holds an interrupted `leanrec train`. Delete it"),
+    ],
+)
+def test_what_an_interrupted_run_left_is_not_lost_to_another(tmp_path, settings, command, reason):
+    _interrupt(tmp_path / "base")
+    with pytest.raises(ValueError) as error, runs.create(tmp_path / "base", command=command, settings=settings, resumable=True):
+        pass
+    assert str(error.value) == f"{tmp_path / 'base.partial'}: {reason}, or choose another --out."
+    assert (tmp_path / "base.partial" / "checkpoint.txt").read_text() == "step 7"
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+@pytest.mark.parametrize("name", ["chapter.txt", "settings.json"])
+def test_a_folder_of_ones_own_in_the_place_of_a_partial_one_is_left_alone(tmp_path, name, resumable):
+    (tmp_path / "base.partial" / "thesis").mkdir(parents=True)
+    (tmp_path / "base.partial" / name).write_text("precious")
+    with (
+        pytest.raises(ValueError, match=r"base.partial: is in the way"),
+        runs.create(tmp_path / "base", command="train", settings=SETTINGS, resumable=resumable),
+    ):
+        pass
+    assert (tmp_path / "base.partial" / name).read_text() == "precious"
 
 
 def test_first_run_is_not_resumed(tmp_path):
@@ -169,6 +196,24 @@ def test_load_of_no_run_says_what_to_give(tmp_path):
 def test_damaged_record_is_named(tmp_path):
     _finish(tmp_path / "base")
     (tmp_path / "base" / "run.json").write_text('{"command": "tr')
+    with pytest.raises(ValueError, match=r"base/run\.json: not JSON"):
+        runs.load(tmp_path / "base")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "5", "null", '{"command": "train", "settings": []}', '{"command": 1, "settings": {}}'])
+def test_json_that_is_no_record_is_named(tmp_path, text):
+    _finish(tmp_path / "base")
+    (tmp_path / "base" / "run.json").write_text(text)
+    for read in (runs.load, partial(runs.is_finished, command="train", settings=SETTINGS)):
+        with pytest.raises(ValueError, match=r"base/run\.json: not the record of a run") as error:
+            read(tmp_path / "base")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000], ids=["no text", "nested"])
+def test_a_record_that_cannot_be_read_is_named(tmp_path, content):
+    _finish(tmp_path / "base")
+    (tmp_path / "base" / "run.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"base/run\.json: not JSON"):
         runs.load(tmp_path / "base")
 

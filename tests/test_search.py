@@ -89,7 +89,7 @@ def test_the_smallest_tables_are_taken_where_all_keep_the_promise(base, tmp_path
 
 def test_a_promise_that_no_size_keeps_is_an_error_of_one_line(base, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "LEAST_RATIO", 8.0)
-    with pytest.raises(ValueError, match=r"No size of Hash\(.*keeps the validation AUC within 0.0: at ratio 10 it drops by") as error:
+    with pytest.raises(ValueError, match=r"No size of Hash keeps the validation AUC within 0.0: at ratio 10 it drops by") as error:
         compress_run(base, tmp_path / "small", method="Hash()", max_auc_drop=0.0, tuning=None)
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from leanrec.ops.metrics import auc
 from leanrec.recommender import build, open_run, predict
 from leanrec.train import RowAdam, Teacher, TrainSettings, train, train_recommender, train_run
 from leanrec.train.state import State
+from leanrec.tune import compress_run
 
 FAST = TrainSettings(epochs=4, batch_size=256, learning_rate=3e-3, table_learning_rate=3e-2, patience=4)
 MODEL = {"embedding_dim": 8, "hidden_units": [16], "dropout": 0.2}
@@ -284,6 +287,37 @@ def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(small_log
     assert len(steps) == done > 0
     with pytest.raises(ValueError, match=r"holds a run with other settings .model: 'fm' there, 'lr' now"):
         train_run(small_log, out, model="lr", model_settings={"embedding_dim": 4}, settings=settings)
+
+
+def test_a_log_that_was_prepared_anew_is_not_taken_for_the_old_one(small_log, tmp_path):
+    log, out = tmp_path / "log", tmp_path / "run"
+    shutil.copytree(small_log, log)
+    fm = {"model": "fm", "model_settings": {"embedding_dim": 4}, "settings": TrainSettings(epochs=1, batch_size=1000)}
+    train_run(log, out, **fm)
+    compress_run(out, tmp_path / "small", method="PQ()", tuning=None)
+    record = json.loads((log / "run.json").read_text())
+    (log / "run.json").write_text(json.dumps(record | {"settings": {"inputs": {"train": ["/elsewhere/log.csv"]}}}))
+    with pytest.raises(ValueError, match=r"other settings .log: "):
+        train_run(log, out, **fm)
+    for run in (out, tmp_path / "small"):
+        with pytest.raises(ValueError, match=f"was trained on another log than the one that lies at {log} now"):
+            open_run(run)
+    record["settings"]["inputs"] = {"train": ["/moved/log.csv"]}
+    (log / "run.json").write_text(json.dumps(record))
+    train_run(log, tmp_path / "again", **fm)
+    record["settings"]["inputs"] = {"train": ["/back/log.csv"]}
+    (log / "run.json").write_text(json.dumps(record))
+    assert open_run(tmp_path / "again")
+
+
+def test_a_run_that_was_trained_anew_is_compressed_anew(small_log, tmp_path):
+    fm = {"model": "fm", "model_settings": {"embedding_dim": 4}}
+    train_run(small_log, tmp_path / "run", **fm, settings=TrainSettings(epochs=1, batch_size=1000))
+    compress_run(tmp_path / "run", tmp_path / "small", method="PQ()", tuning=None)
+    shutil.rmtree(tmp_path / "run")
+    train_run(small_log, tmp_path / "run", **fm, settings=TrainSettings(epochs=1, batch_size=1000, seed=1))
+    with pytest.raises(ValueError, match=r"holds a run with other settings .record: "):
+        compress_run(tmp_path / "run", tmp_path / "small", method="PQ()", tuning=None)
 
 
 def test_a_model_starts_from_the_tables_of_another_run(small_log, tmp_path):

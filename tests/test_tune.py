@@ -1,4 +1,6 @@
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +30,8 @@ def base(small_log, tmp_path_factory):
 def test_a_compressed_run_opens_with_its_tables_and_keeps_its_record(base, tmp_path):
     record = compress_run(base, tmp_path / "small", method="PQ(num_subspaces=2, num_centroids=16)", tuning=SHORT)
     assert set(record["methods"].values()) == {"PQ(num_subspaces=2, num_centroids=16, weight_power=0.5)"}
-    assert record["settings"].keys() == {"run", "method", "ratio", "nbytes", "max_auc_drop", "dense_ratio", "tuning", "teacher_share", "seed"}
+    asked = {"method", "ratio", "nbytes", "max_auc_drop", "dense_ratio", "tuning", "teacher_share", "seed"}
+    assert record["settings"].keys() == {"run", "record"} | asked
     small, full = open_run(tmp_path / "small"), open_run(base)
     assert report(small.model).tables == record["report"]["tables"] < report(full.model).tables / 2
     assert record["report"]["vocabulary"] > 0
@@ -58,6 +61,8 @@ def test_tuning_learns_from_the_model_before_compression(base, tmp_path):
     assert distance(tmp_path / "taught", 1.0) < 0.95 * distance(tmp_path / "alone", 0.0)
     with pytest.raises(ValueError, match=r"teacher_share=1\.5 must be from 0 to 1"):
         compress_run(base, tmp_path / "wrong", teacher_share=1.5)
+    with pytest.raises(ValueError, match=r"teacher_share=0\.5 is for the fine-tuning, and there is none"):
+        compress_run(base, tmp_path / "wrong", teacher_share=0.5, tuning=None)
 
 
 def test_a_ratio_is_reached_by_choosing_settings_for_each_table(base, tmp_path):
@@ -157,6 +162,22 @@ def test_evaluate_compares_with_another_run_and_keeps_the_answer(base, tmp_path)
     assert runs.load(tmp_path / "small" / "evaluate-test-against-base")["command"] == "evaluate"
     with pytest.raises(ValueError, match=r"no categorical field of that name. Choose one of .'user', 'item'"):
         evaluate_run(base, popularity="itme")
+
+
+def test_the_folder_within_a_run_keeps_the_last_evaluation_and_one_that_is_named_keeps_its_own(base, tmp_path, monkeypatch):
+    first, _ = evaluate_run(base, out=tmp_path / "mine", popularity="user")
+    evaluate_run(base, popularity="user")
+    other, _ = evaluate_run(base, popularity="item")
+    assert other.auc == first.auc and other.buckets != first.buckets
+    monkeypatch.chdir(base.parent)
+    assert evaluate_run(Path(base.name), popularity="item")[0] == other
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        evaluate_run(base, out=tmp_path / "mine", popularity="item")
+    shutil.rmtree(base / "evaluate-test")
+    (base / "evaluate-test").mkdir()
+    with pytest.raises(ValueError, match="exists and is not a run folder"):
+        evaluate_run(base)
+    (base / "evaluate-test").rmdir()
 
 
 def test_runs_of_different_logs_cannot_be_compared(small_log, base, tmp_path):

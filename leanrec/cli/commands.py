@@ -25,8 +25,10 @@ app = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=
 
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Folder to write. It appears, whole, when the work is done.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `leanrec train` or `leanrec compress` wrote.")]
-Seed = Annotated[int, typer.Option(metavar="NUMBER", min=0, help="Source of all that is drawn at random: the same seed gives the same result.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with.  [default: all cores]")]
+Seed = Annotated[
+    int, typer.Option(metavar="NUMBER", min=0, max=2**63 - 1, help="Source of all that is drawn at random: the same seed gives the same result.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads to compute with.  [default: all cores]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -99,7 +101,7 @@ def prepare(
     split_by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Split by this time, the newest rows into the test.  [default: at random]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="NUMBER", min=0, help="Decides the random split.  [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", min=0, max=2**63 - 1, help="Decides the random split.  [default: 0]")] = None,
     on_bad_row: Annotated[str | None, typer.Option(metavar="NAME", help="error, or skip to leave out and count.  [default: error]")] = None,
 ) -> None:
     """Turn a raw click log into ids, counts and Parquet."""
@@ -206,7 +208,9 @@ def train(
             nbytes=nbytes,
             on_step=on_step,
         )
-    typer.echo(f"validation AUC {record['valid']['auc']:.5f}, log loss {record['valid']['logloss']:.5f}, the best after {record['steps']:,} steps")
+    best = max(record["history"], key=lambda evaluation: evaluation["auc"])
+    steps = f"{best['step']:,} of {record['steps']:,} steps"
+    typer.echo(f"validation AUC {record['valid']['auc']:.5f}, log loss {record['valid']['logloss']:.5f}: the best, after {steps}")
     typer.echo(f"written: {out}")
 
 

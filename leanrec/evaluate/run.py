@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def evaluate_run(
 
     Args:
         run: Run folder that `leanrec train` or `leanrec compress` wrote.
-        out: Folder to write; None takes one inside `run`, named after split and baseline.
+        out: Folder to write; None takes one inside `run`, named after split and baseline, of which the last evaluation is kept.
         against: Run folder of the baseline, made for the same prepared log.
         split: Rows to look at.
         popularity: Categorical field whose ids' popularity sorts the rows into head, torso, tail and unseen; None takes the one with the most ids.
@@ -37,7 +38,6 @@ def evaluate_run(
     Raises:
         ValueError: A run cannot be opened, the runs are of different logs, or the field is not there.
     """
-    out = out or run / ("evaluate-" + split + (f"-against-{against.name}" if against else ""))
     recommender, baseline = open_run(run), open_run(against) if against is not None else None
     if baseline is not None and baseline.data != recommender.data:
         raise ValueError(
@@ -45,12 +45,20 @@ def evaluate_run(
         )
     field = _popularity_field(recommender.schema, popularity)
     models = [runs.fingerprint([folder / MODEL_FILE]) for folder in (run, against) if folder is not None]
-    settings = {"run": run, "against": against, "split": split, "popularity": field, "seed": seed, "models": models}
-    if runs.is_finished(out, command="evaluate", settings=settings):
-        record = runs.load(out)
+    settings = {"run": run.resolve(), "against": against and against.resolve(), "split": split, "popularity": field, "seed": seed, "models": models}
+    place = out or run / ("evaluate-" + split + (f"-against-{against.name}" if against else ""))
+    try:
+        is_finished = runs.is_finished(place, command="evaluate", settings=settings)
+    except ValueError:
+        if out is not None or not (place / runs.RUN_FILE).is_file():
+            raise
+        shutil.rmtree(place)
+        is_finished = False
+    if is_finished:
+        record = runs.load(place)
         return Evaluation.from_dict(record["evaluation"]), record["comparison"] and Comparison.from_dict(record["comparison"])
     loader = Loader(recommender.data, split, recommender.schema, batch_size=PREDICT_BATCH)
-    with runs.create(out, command="evaluate", settings=settings) as current:
+    with runs.create(place, command="evaluate", settings=settings) as current:
         labels, logits = predict(recommender.model, loader)
         ids, counts = (None, None) if field is None else _popularity(recommender, loader, field)
         evaluation = evaluate_predictions(labels, logits, bucket_ids=ids, counts=counts)

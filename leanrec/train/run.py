@@ -11,7 +11,7 @@ from leanrec import runs
 from leanrec.data.loader import Loader
 from leanrec.move import move_tables
 from leanrec.ops.metrics import log_loss
-from leanrec.recommender import PREDICT_BATCH, Recommender, build, compress_tables, describe, open_run, predict
+from leanrec.recommender import PREDICT_BATCH, Recommender, build, compress_tables, describe, log_identity, open_run, predict
 from leanrec.train.loop import Teacher, train
 from leanrec.train.settings import TrainSettings
 from leanrec.train.state import Progress
@@ -52,7 +52,8 @@ def train_run(
         ValueError: Data, model, settings, tables or method do not fit; `out` holds something else.
     """
     settings = settings or TrainSettings()
-    arguments = {"data": data, "model": model, "model_settings": dict(model_settings or {}), **asdict(settings), "tables": tables}
+    arguments = {"data": data, "log": log_identity(data), "model": model, "model_settings": dict(model_settings or {}), "tables": tables}
+    arguments |= asdict(settings)
     if method is not None:
         arguments |= {"method": method, "ratio": ratio, "nbytes": nbytes}
     elif ratio is not None or nbytes is not None:
