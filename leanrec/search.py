@@ -119,8 +119,9 @@ class _Search:
             else:
                 bad, ratio = trial, ratio / 2
                 if good is None and ratio < LEAST_RATIO:
+                    name = type(self.method).__name__
                     raise ValueError(
-                        f"No size of {type(self.method).__name__} keeps the validation AUC within {self.max_auc_drop}: at ratio {trial.ratio:g} it drops by "
+                        f"No size of {name} keeps the validation AUC within {self.max_auc_drop}: at ratio {trial.ratio:g} it drops by "
                         f"{trial.auc_drop:.5f}. Allow more, or choose another method."
                     )
         return good, bad

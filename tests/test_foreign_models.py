@@ -6,14 +6,19 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
+from leanrec import cli
 from leanrec.budget import fit_budget
 from leanrec.compress import compress, tables
+from leanrec.data.loader import Loader
+from leanrec.data.schema import Schema
 from leanrec.embeddings import table_groups, unpooled
 from leanrec.methods.base import Table
 from leanrec.methods.pq import PQ
 from leanrec.report import report
 from leanrec.storage import load, save
+from leanrec.train import TrainSettings, train
 
 V, D, B = 300, 8, 32
 METHOD = PQ(num_subspaces=4, num_centroids=32)
@@ -201,3 +206,93 @@ def test_head_tied_to_the_words_is_refused():
     model = GPT2().build(tied=True)
     with pytest.raises(ValueError, match=r"Table 'transformer\.wte' \(300 x 16\): its weight is also the parameter 'lm_head\.weight'"):
         compress(model, METHOD)
+
+
+class OfItems(nn.Module):
+    """A number for each item of the small log, turned by a function into what its forward gives."""
+
+    def __init__(self, output=lambda logits: logits, *, value=0.0, sparse=True):
+        super().__init__()
+        self.table = nn.Embedding.from_pretrained(torch.full((102, 1), value), freeze=False, sparse=sparse)
+        self.output = output
+
+    def forward(self, features):
+        return self.output(self.table(features["item"]).squeeze(1))
+
+
+def trained(model, log, *, validation=None, **settings):
+    schema = Schema.load(log / "schema.json")
+    settings = TrainSettings(**{"epochs": 1, "batch_size": 1000, **settings})
+    rows = Loader(log, "train", schema, batch_size=settings.batch_size, seed=0)
+    return train(model, rows, validation or Loader(log, "valid", schema, batch_size=1000), settings)
+
+
+@pytest.mark.parametrize(
+    ("output", "given"),
+    [
+        (lambda logits: (logits, None), "a tuple"),
+        (lambda logits: {"logits": logits}, "a dict"),
+        (lambda logits: logits.detach(), r"\(1000,\) float32 without gradients"),
+        (lambda logits: logits.unsqueeze(1), r"\(1000, 1\) float32"),
+        (lambda logits: logits.sum(), r"\(\) float32"),
+        (lambda logits: logits > 0, r"\(1000,\) bool"),
+    ],
+)
+def test_training_asks_for_one_logit_a_row(small_log, output, given):
+    with pytest.raises(
+        ValueError, match=rf"^Model OfItems gives {given}.* for a batch of 1000 rows. Its forward must give a float tensor of shape \(1000,\)"
+    ):
+        trained(OfItems(output), small_log)
+
+
+def test_a_model_without_parameters_cannot_be_trained(small_log):
+    with pytest.raises(ValueError, match="Model OfItems has no parameters to train"):
+        trained(OfItems().requires_grad_(requires_grad=False), small_log)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (OfItems(), {"learning_rate": 1e38}, "learning rate 1e[+]38 gives steps that float32 cannot hold. Lower it"),
+        (OfItems(sparse=False), {"learning_rate": 1e38}, "learning rate 1e[+]38 gives steps that float32 cannot hold. Lower it"),
+        (
+            OfItems(lambda logits: logits * 1e5),
+            {"learning_rate": 3e37},
+            "diverged: after step 1, the loss is .*Lower the learning rate, 3e[+]37",
+        ),
+        (OfItems(value=float("nan")), {}, "^In the first batch, before any step, the loss is nan. Look at the model's initial values"),
+    ],
+)
+def test_training_that_diverges_is_an_error_with_the_remedy(small_log, model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trained(copy.deepcopy(model), small_log, **settings)
+
+
+def test_weights_that_no_batch_shows_must_stay_finite_too(small_log):
+    model = OfItems()
+    with torch.no_grad():
+        model.table.weight[0] = torch.inf  # padding, which is no item
+    with pytest.raises(
+        ValueError, match=r"diverged: after step 6, weights of table.weight are NaN or infinite. Lower the learning rate, 0.5 \(of the tables: 0.25"
+    ):
+        trained(model, small_log, learning_rate=0.5, table_learning_rate=0.25)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_validation_rows_of_one_label_are_an_error_before_the_first_step(small_log, label):
+    class OfOneLabel(Loader):
+        def batches(self, **place):
+            for batch in super().batches(**place):
+                yield batch._replace(labels=torch.full_like(batch.labels, label))
+
+    model = OfItems()
+    validation = OfOneLabel(small_log, "valid", Schema.load(small_log / "schema.json"), batch_size=1000)
+    with pytest.raises(ValueError, match=f"The validation split has 2000 rows, and the label of all of them is {label}: their AUC, .*needs both"):
+        trained(model, small_log, validation=validation)
+    assert not model.table.weight.any()
+
+
+def test_more_threads_than_torch_can_start_are_wrong_usage(small_log, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail(f"torch was to start {number} threads"))
+    assert cli.run(["train", str(small_log), "--threads", "1025", "--out", str(tmp_path / "run")]) == 2
+    assert "'--threads'" in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """Tables in files: every format, the same bytes as in memory, after a kill too, in memory that does not grow with the table."""
 
+import itertools
 import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +22,10 @@ from safetensors.torch import load_file, save_file
 import leanrec
 from leanrec.cli import run
 from leanrec.methods import METHODS, parse
+from leanrec.methods.streaming import StreamingTable
 from leanrec.stream import run as stream_run
+from leanrec.stream.formats import open_source
 from leanrec.stream.output import TableFile
-from leanrec.stream.source import open_source
 
 V, D = 20_003, 16  # more than one stretch of rows, and no whole number of bytes of codes
 METHOD = "PQ(num_subspaces=2, num_centroids=20)"
@@ -93,19 +96,18 @@ def loaded(out, num_embeddings=V, embedding_dim=D):
     return leanrec.load(torch.nn.Embedding(num_embeddings, embedding_dim, device="meta"), out / "table.safetensors")
 
 
-STREAMING = pytest.mark.parametrize(
-    "method",
-    [
-        METHOD,
-        "OPQ(num_subspaces=2, num_centroids=8)",
-        "DPQ(num_subspaces=4, num_centroids=9)",
-        "RQ(num_levels=2, num_centroids=12)",
-        "VRQ(codes_per_1000_rows=1234, num_levels=3, num_centroids=20)",
-        "Scalar(num_bits=2, group_size=5)",
-        "LowRank(rank=3)",
-        "Full()",
-    ],
-)
+STREAMED = [
+    METHOD,
+    "OPQ(num_subspaces=2, num_centroids=8)",
+    "DPQ(num_subspaces=4, num_centroids=9)",
+    "RQ(num_levels=2, num_centroids=12)",
+    "RQ(num_levels=2, num_centroids=12, word_bits=8)",
+    "VRQ(codes_per_1000_rows=1234, num_levels=3, num_centroids=20)",
+    "Scalar(num_bits=2, group_size=5)",
+    "LowRank(rank=3)",
+    "Full()",
+]
+STREAMING = pytest.mark.parametrize("method", STREAMED)
 
 
 @STREAMING
@@ -131,9 +133,15 @@ def test_where_stretches_end_makes_no_difference(method, monkeypatch):
         torch.testing.assert_close(tensor, tables[1].state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_every_method_without_a_gap_is_in_that_list():
+def test_every_method_without_a_gap_is_in_that_list_with_every_kind_of_table_it_builds():
     streaming = {name for name, kind in METHODS.items() if kind().streaming_gap is None}
-    assert streaming == {"PQ", "OPQ", "DPQ", "RQ", "VRQ", "Scalar", "LowRank", "Full"}
+    assert streaming == {text.partition("(")[0] for text in STREAMED}
+    built = {type(parse(text).build(100, D)) for text in STREAMED}
+    assert {kind.__name__ for kind in kinds_of(StreamingTable)} - {kind.__name__ for kind in built} == {"MECTable", "MGQETable"}  # have a gap
+
+
+def kinds_of(base):
+    return {kind for child in base.__subclasses__() for kind in {child, *kinds_of(child)}}
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,9 @@ def test_another_input_does_not_go_on_from_what_was_left(files, tmp_path):
     assert subprocess.run(list(map(str, command)), check=False).returncode == -signal.SIGKILL
     np.save(tmp_path / "table.npy", 1 + make_weight().numpy())
     os.utime(tmp_path / "table.npy", (time.time() + 5, time.time() + 5))
+    with pytest.raises(ValueError, match=r"holds an interrupted run with other settings \(files: "):
+        compress(tmp_path / "table.npy", tmp_path / "out", counts=files / "counts.npy")
+    shutil.rmtree(tmp_path / "out.partial")
     compress(tmp_path / "table.npy", tmp_path / "out", counts=files / "counts.npy")
     expected = parse(METHOD).build(V, D).fit(1 + make_weight(), make_counts())
     assert torch.equal(loaded(tmp_path / "out").packed_codes, expected.packed_codes)
@@ -308,6 +319,7 @@ def write_bad(folder, kind):
         np.save(folder / "counts.npy", np.arange(500) - 1)
         settings = {"counts": folder / "counts.npy"}
     other = {"ints": np.ones((500, D), np.int32), "one": weight[0], "columns": np.asfortranarray(weight), "objects": np.array([{}])}
+    other |= {"no rows": weight[:0], "no columns": weight[:, :0]}
     np.save(path, other.get(kind, weight))
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-5])
@@ -323,6 +335,12 @@ def write_bad(folder, kind):
         path = folder / "bad.safetensors"
         save_file({"a": torch.ones(3, 4), "b": torch.ones(2, 4)}, path)
         settings = {"name": "c"} if kind == "no tensor" else {}
+    elif kind in ("no rows of safetensors", "no columns of safetensors"):
+        path = folder / "bad.safetensors"
+        save_file({"a": torch.ones(0, 16) if "rows" in kind else torch.ones(5, 0)}, path)
+    elif kind == "no rows of parquet":
+        path = folder / "bad.parquet"
+        pq.write_table(pa.table({"v": pa.array([], pa.list_(pa.float32(), 4))}), path)
     elif kind == "short safetensors":
         path = folder / "bad.safetensors"
         save_file({"a": torch.ones(3, 4)}, path)
@@ -366,7 +384,12 @@ def write_bad(folder, kind):
         ("tensors", r"holds 2 tensors. Name one of 'a' \(3 x 4\), 'b' \(2 x 4\)"),
         ("no tensor", "holds no 'c'. Name one of 'a'"),
         ("short safetensors", "is truncated"),
-        ("negative safetensors", r"no safetensors file, or a truncated one \(a negative number"),
+        ("negative safetensors", r"no safetensors file, or a truncated one \(\[-3, 4\] are no whole numbers"),
+        ("no rows", r"bad.npy: holds torch.float32 of shape 0 x 16. A table has rows of floats, V x D, at least one"),
+        ("no columns", r"bad.npy: holds torch.float32 of shape 500 x 0. A table"),
+        ("no rows of safetensors", r"bad.safetensors: holds torch.float32 of shape 0 x 16. A table"),
+        ("no columns of safetensors", r"bad.safetensors: holds torch.float32 of shape 5 x 0. A table"),
+        ("no rows of parquet", "column 'v' has no values in its first row"),
         ("lists", "row 2 of 'v' has 1 values, the first row has 2"),
         ("null", "row 1 of 'v' is null"),
         ("columns of parquet", r"holds 2 columns of numbers. Name one of 'u' \(2\), 'v' \(2\)\."),
@@ -382,6 +405,152 @@ def test_bad_input_is_one_line_that_says_what_is_wrong(tmp_path, capsys, kind, m
         options = [part for name, value in settings.items() for part in (f"--{'tensor' if name == 'name' else name}", str(value))]
         assert run(["compress", str(path), "--method", "Scalar()", "--out", str(tmp_path / "out"), *options]) == 1
         assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+
+
+def npy(shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(500 * 16 * 4)
+
+
+def safetensors(header, nbytes=500 * 16 * 4):
+    header = header.encode()
+    return len(header).to_bytes(8, "little") + header + bytes(nbytes)
+
+
+def one_tensor(shape, start, end):
+    return safetensors(json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", npy("(-500, 16)"), r"no .npy file, .* \(\(-500, 16\) are no whole numbers"),
+        ("a.npy", npy("(True, 16)"), r"no .npy file, .* \(\(True, 16\) are no whole numbers"),
+        ("a.npy", npy(f"({2**70}, 16)"), "no .npy file, .* are no whole numbers"),
+        ("a.npy", npy(f"({2**62}, 16)"), "is truncated"),
+        ("a.npy", npy("(" * 9000), "no .npy file, or a truncated one"),
+        ("a.npy", npy(" " * 11000 + "(500, 16)"), "no .npy file, or a truncated one"),
+        ("a.npy", npy("{[]: 1}"), "no .npy file, or a truncated one"),
+        ("a.safetensors", safetensors("[" * 100_000), "no safetensors file, or a truncated one"),
+        ("a.safetensors", one_tensor([True, 16], 0, 64), r"\[True, 16\] are no whole numbers"),
+        ("a.safetensors", one_tensor([500, 16], 0, 31_996), r"'a' of shape \(500, 16\) takes 32000 bytes, but its data_offsets are \[0, 31996\]"),
+        ("a.safetensors", one_tensor([499, 16], 0, 32_000), r"takes 31936 bytes, but its data_offsets are \[0, 32000\]"),
+        ("a.safetensors", one_tensor([2**32, 2**32, 4], 0, 0), "takes 295147905179352825856 bytes, but its"),
+        ("a.safetensors", one_tensor([500, 16], 0, "32000"), r"\[0, '32000'\] are no whole numbers"),
+        ("a.safetensors", one_tensor([500, 16], 4, 32_004), "is truncated"),
+    ],
+    ids=itertools.count(),
+)
+def test_a_hostile_header_is_one_line_that_names_the_file(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        compress(tmp_path / name, tmp_path / "out")
+    assert re.fullmatch(f"{tmp_path / name}: .*", str(caught.value))
+
+
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path):
+    with (tmp_path / "a.safetensors").open("wb") as file:
+        file.write((2**33).to_bytes(8, "little"))
+        file.truncate(2**34)  # of zeros, which take no room on the disk
+    with pytest.raises(ValueError, match=r"no safetensors file, or a truncated one \(a header of 8589934592 bytes"):
+        open_source(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["fixed.parquet", "lists.parquet", "a.safetensors", "checkpoint", "sharded"])
+def test_a_flipped_bit_is_one_line_that_names_the_file_or_does_no_harm(tmp_path, name):
+    weight, path, end = make_weight(300, 4), tmp_path / name, None
+    damaged = path
+    if path.suffix == ".parquet":
+        values = pa.FixedSizeListArray.from_arrays(pa.array(weight.flatten().numpy()), 4)
+        columns = {"v": values if name == "fixed.parquet" else values.cast(pa.list_(pa.float32()))}
+        pq.write_table(pa.table(columns), path, row_group_size=100, write_page_checksum=True)  # without, flipped values are values too
+    elif name == "a.safetensors":
+        save_file({"v": weight}, path)
+        end = -weight.nbytes
+    elif name == "checkpoint":
+        with pytest.warns(UserWarning, match="assuming the intent is to save in a single process"):
+            dcp.save({"v": weight, "step": 3}, checkpoint_id=path)
+        damaged = path / ".metadata"
+    else:
+        damaged = write_sharded(path, weight, rows=100, columns=2) / ".metadata"
+    assert torch.equal(open_source(path).read(0, 300), weight)
+    whole, found = damaged.read_bytes(), 0
+    for place, bit in flips(len(whole[:end]), 300):
+        damaged.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        try:
+            source = open_source(path)
+            assert torch.equal(source.read(0, source.num_rows), weight), (place, bit)
+        except ValueError as error:
+            assert re.fullmatch(f"{tmp_path}.*", str(error)), (place, bit)
+            found += 1
+    assert found > 30
+
+
+def flips(size, count):
+    """Bits to flip in so many bytes: half of them in the last 1000, where the footer of a Parquet file stands."""
+    places = torch.cat(
+        [torch.randint(size, (count // 2,), generator=seeded(0)), torch.randint(max(0, size - 1000), size, (count // 2,), generator=seeded(1))]
+    )
+    return zip(places.tolist(), torch.randint(8, (count,), generator=seeded(2)).tolist(), strict=True)
+
+
+def write_index(folder, change):
+    """Let a checkpoint's index say something else: of its tensor, its first chunk and the place of that."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    tensor = index.state_dict_metadata["item.weight"]
+    change(tensor, tensor.chunks[0], next(iter(index.storage_data.values())))
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor, chunk, info: vars(info).pop("relative_path"), "no index of a torch.distributed.checkpoint .'relative_path'."),
+        (lambda tensor, chunk, info: vars(info).update(relative_path="a\0\nb"), r"a shard of it is missing, the file 'a\\x00\\nb'"),
+        (lambda tensor, chunk, info: vars(info).update(relative_path="__1_0.distcp"), "is nowhere, or where another part is"),
+        (lambda tensor, chunk, info: vars(info).update(offset=2**62, length=2**62), "no shard of a torch.distributed.checkpoint from byte"),
+        (lambda tensor, chunk, info: vars(info).update(offset=2**70), "are no whole numbers"),
+        (lambda tensor, chunk, info: vars(info).update(length=2 * info.length), "no shard .* from byte 0 on .another archive lies there"),
+        (lambda tensor, chunk, info: vars(tensor).update(size=[-100, D]), r"\[-100, 16\] are no whole numbers"),
+        (lambda tensor, chunk, info: vars(tensor).update(size=(2**40, 2**40)), "shards of 1600 values make no table of 1099511627776 x"),
+        (lambda tensor, chunk, info: vars(tensor).update(size=(25, 64)), "make no table of 25 x 64"),
+        (
+            lambda tensor, chunk, info: vars(tensor).update(size=(1600,)),
+            r"a part of \(50, 8\) values from \(0, 0\) on in 'item.weight' of shape \(1600,\)",
+        ),
+        (lambda tensor, chunk, info: vars(chunk).update(sizes=(50, True)), r"\(50, True\) are no whole numbers"),
+        (lambda tensor, chunk, info: vars(chunk).update(offsets=(0,)), "a part of .* is damaged"),
+        (lambda tensor, chunk, info: tensor.chunks.pop(), "shards of 1200 values make no table of 100 x 16"),
+    ],
+    ids=itertools.count(),
+)
+def test_a_damaged_index_is_one_line_that_says_what_is_wrong(tmp_path, change, message):
+    folder = write_sharded(tmp_path / "sharded", make_weight(100), rows=50, columns=8)
+    write_index(folder, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        compress(folder, tmp_path / "out")
+    assert re.fullmatch(f"{folder}.*", str(caught.value))
+
+
+def test_shards_over_one_another_are_no_table(tmp_path):
+    folder = write_sharded(tmp_path / "sharded", make_weight(100), rows=50, columns=8)
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    chunk, key = index.state_dict_metadata["item.weight"].chunks[3], list(index.storage_data)[3]
+    index.storage_data = {(type(key)("item.weight", [49, 8]) if known == key else known): info for known, info in index.storage_data.items()}
+    chunk.offsets = torch.Size([49, 8])
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match="shards of 1600 values make no table of 100 x 16"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(
+    "step", [b"\x8e" + (2**62).to_bytes(8, "little"), b"\x96" + (2**40).to_bytes(8, "little"), b"Nr" + (2**30).to_bytes(4, "little")]
+)
+def test_an_index_that_names_much_memory_takes_none(tmp_path, step, capfd):
+    (tmp_path / ".metadata").write_bytes(b"\x80\5" + step + b".")
+    with pytest.raises(ValueError, match=r"no index of a torch\.distributed\.checkpoint"):
+        open_source(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 def test_input_that_was_mended_is_compressed_by_the_same_command(tmp_path):

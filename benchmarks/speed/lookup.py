@@ -44,7 +44,9 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("parts", nargs="*", default=list(parts), metavar=f"{{{','.join(parts)}}}")
     arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--machine", help="end of the results' names, to keep those of another machine beside the usual ones")
     given = arguments.parse_args()
+    record.suffix = f"_{given.machine}" if given.machine else ""
     torch.set_num_threads(given.threads)
     with torch.no_grad():
         for part in given.parts:

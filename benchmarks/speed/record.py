@@ -33,6 +33,9 @@ def median_seconds(jobs: Mapping[str, Callable[[], Any]], *, repeats: int, warm_
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+suffix = ""  # of the names of all results
+
+
 def write(
     name: str, *, ratio: float, bar: float | None, against: str, medians: Mapping[str, float], setting: Mapping[str, Any], note: str = ""
 ) -> None:
@@ -47,6 +50,7 @@ def write(
         setting: All that it takes to repeat the measurement: sizes, seeds, threads.
         note: Why a bar is missed, or what limits the figure.
     """
+    name += suffix
     result = {
         "name": name,
         "ratio": ratio,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import re
+from typing import Literal, NamedTuple
 
 import polars as pl
 import pyarrow as pa
 
 MISSING_NUMBERS = ("", "na", "n/a", "nan", "null", "none", "\\n", "-")
 TIME_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
+Form = Literal["one value", "a list", "nested values"]
 
 
 class Cells(NamedTuple):
@@ -26,34 +28,49 @@ class Cells(NamedTuple):
     fault: str
 
 
+def form_of(dtype: pl.DataType) -> Form:
+    """What a cell of this type holds."""
+    if not dtype.is_nested():
+        return "one value"
+    return "a list" if isinstance(dtype, pl.List | pl.Array) and not dtype.inner.is_nested() else "nested values"
+
+
+def raw_column(name: str) -> pl.Expr:
+    """The column of this name, be it one that the query engine takes for a pattern (`*`, `^a$`)."""
+    is_pattern = name == "*" or (name.startswith("^") and name.endswith("$"))
+    return pl.col(f"^{re.escape(name)}$" if is_pattern else name)
+
+
 def text_cells(name: str, dtype: pl.DataType) -> Cells:
     """Text of any scalar, without loss for whole numbers; missing is empty text."""
+    raw = raw_column(name)
     if dtype == pl.String:
-        return Cells(pl.col(name).fill_null(""), None, "")
-    text = pl.col(name).cast(pl.String, strict=False)
-    return Cells(text.fill_null(""), text.is_null() & pl.col(name).is_not_null(), "is no UTF-8 text")
+        return Cells(raw.fill_null(""), None, "")
+    text = _text(raw, dtype)
+    return Cells(text.fill_null(""), text.is_null() & raw.is_not_null(), "is no UTF-8 text")
 
 
-def list_cells(name: str, separator: str | None, *, max_length: int, keep_last: bool) -> Cells:
+def list_cells(name: str, dtype: pl.DataType, separator: str | None, *, max_length: int, keep_last: bool) -> Cells:
     """Lists of text without empty elements; a missing cell is an empty list. Longer ones keep their first or last `max_length` elements."""
-    raw = pl.col(name)
-    text = raw.cast(pl.List(pl.String), strict=False) if separator is None else raw.cast(pl.String, strict=False).str.split(separator)
+    raw = raw_column(name)
+    text = _texts(raw, dtype) if separator is None else _text(raw, dtype).str.split(separator)
     elements = text.list.eval(pl.element().filter(pl.element().is_not_null() & (pl.element() != "")))
     kept = elements.list.tail(max_length) if keep_last else elements.list.head(max_length)
     return Cells(kept.fill_null(pl.lit([], dtype=pl.List(pl.String))), text.is_null() & raw.is_not_null(), "is no UTF-8 text")
 
 
-def label_cells(name: str) -> Cells:
+def label_cells(name: str, dtype: pl.DataType) -> Cells:
     """0 or 1 as int8."""
-    number = pl.col(name).cast(pl.Float64, strict=False)
+    raw = raw_column(name)
+    number = (_text(raw, dtype) if dtype == pl.Binary else raw).cast(pl.Float64, strict=False)
     return Cells(number.cast(pl.Int8, strict=False), ~number.is_in([0.0, 1.0]).fill_null(False), "is neither 0 nor 1")
 
 
 def number_cells(name: str, dtype: pl.DataType) -> Cells:
     """Finite float64, null where missing."""
-    raw = pl.col(name)
+    raw = raw_column(name)
     if dtype in (pl.String, pl.Binary):
-        text = raw.cast(pl.String, strict=False)
+        text = _text(raw, dtype)
         number = text.map_batches(_numbers, return_dtype=pl.Float64)
         is_no_text = text.is_null() & raw.is_not_null()
         return Cells(number, is_no_text | text.map_batches(_are_no_numbers, return_dtype=pl.Boolean), "is no number")
@@ -69,9 +86,32 @@ def bucket_cells(name: str, dtype: pl.DataType) -> Cells:
     """
     cells = number_cells(name, dtype)
     if dtype in (pl.String, pl.Binary):
-        text = pl.col(name).cast(pl.String, strict=False)
+        text = _text(raw_column(name), dtype)
         return cells._replace(value=text.map_batches(_buckets_of_text, return_dtype=pl.String))
     return cells._replace(value=cells.value.map_batches(_bucket_texts, return_dtype=pl.String))
+
+
+def _text(raw: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Text of scalars, null where it is no UTF-8."""
+    return raw.map_batches(_decoded, return_dtype=pl.String) if dtype == pl.Binary else raw.cast(pl.String, strict=False)
+
+
+def _texts(raw: pl.Expr, dtype: pl.DataType) -> pl.Expr:
+    """Lists of text, null where an element is no UTF-8."""
+    if not isinstance(dtype, pl.List | pl.Array) or dtype.inner != pl.Binary:
+        return raw.cast(pl.List(pl.String), strict=False)
+    lists = raw.cast(pl.List(pl.Binary))
+    texts = lists.list.eval(pl.element().map_batches(_decoded, return_dtype=pl.String))
+    return pl.when(texts.list.drop_nulls().list.len() == lists.list.drop_nulls().list.len()).then(texts)
+
+
+def _decoded(raw: pl.Series) -> pl.Series:
+    """Text of bytes, null where they are no UTF-8: found by halves, as a cast fails as a whole."""
+    try:
+        return raw.cast(pl.String)
+    except pl.exceptions.ComputeError:
+        half = len(raw) // 2
+        return pl.concat([_decoded(raw[:half]), _decoded(raw[half:])]) if half else pl.Series(raw.name, [None], dtype=pl.String)
 
 
 def _numbers(text: pl.Series) -> pl.Series:
@@ -119,12 +159,12 @@ def time_cells(name: str, dtype: pl.DataType) -> Cells:
 
 def time_of(name: str, dtype: pl.DataType) -> pl.Expr:
     """Whole numbers as they are, dates and ISO text as microseconds; null where a cell is neither."""
-    raw = pl.col(name)
+    raw = raw_column(name)
     if dtype.is_temporal():
         return raw.cast(pl.Datetime("us")).to_physical()
     if dtype.is_numeric():
         return raw.cast(pl.Int64, strict=False)
-    text = raw.cast(pl.String, strict=False).str.strip_chars()
+    text = _text(raw, dtype).str.strip_chars()
     iso = text.str.replace("T", " ", literal=True).str.replace("Z", "", literal=True)
     parsed = [iso.str.to_datetime(pattern, time_unit="us", strict=False).to_physical() for pattern in TIME_FORMATS]
     return pl.coalesce(text.cast(pl.Int64, strict=False), *parsed)

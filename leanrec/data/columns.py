@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import polars as pl
 
-from leanrec.data.cells import time_of
+from leanrec.data.cells import form_of, time_of
 from leanrec.data.settings import Numeric, Settings
 
 ColumnKind = Literal["categorical", "numeric", "multivalued", "sequence", "label", "timestamp", "ignore"]
@@ -92,9 +92,10 @@ def _infer(series: pl.Series, *, label_known: bool) -> Column:
     name, dtype = series.name, series.dtype
     if name.lower() in LABEL_NAMES and not label_known:
         return Column(name, "label", "name")
-    if isinstance(dtype, pl.List | pl.Array):
+    form = form_of(dtype)
+    if form == "a list":
         return Column(name, "multivalued", "lists")
-    if isinstance(dtype, pl.Struct):
+    if form == "nested values":
         return Column(name, "ignore", "nested")
     if dtype.is_temporal() or (TIME_NAME.search(name) and _tells_time(series)):
         return Column(name, "timestamp", "times" if dtype.is_temporal() else "name")
@@ -122,16 +123,18 @@ def _is_decimal_text(series: pl.Series) -> bool:
 def _complete(column: Column, series: pl.Series, settings: Settings) -> Column:
     """The column with what the settings say of its ids, lists and numbers."""
     field = settings.of(column.name)
-    is_nested = isinstance(series.dtype, pl.List | pl.Array)
-    if column.is_list and column.separator is None and not is_nested:
+    form = form_of(series.dtype)
+    if form == "nested values" and column.kind != "ignore":
+        raise ValueError(f"Column {column.name!r}: a cell holds nested values ({series.dtype}), so it cannot be {column.kind!r}. Choose 'ignore'.")
+    if column.is_list and column.separator is None and form == "one value":
         raise ValueError(f"Column {column.name!r}: a cell holds text, not a list. Say what separates its elements, e.g. '{column.kind}:|'.")
-    if is_nested and not column.is_list and column.kind != "ignore":
+    if form == "a list" and not column.is_list and column.kind != "ignore":
         raise ValueError(f"Column {column.name!r}: a cell holds a list, so it cannot be {column.kind!r}. Choose 'multivalued' or 'sequence'.")
     numeric = field.numeric or settings.numeric
     has_ids = column.is_list or column.kind == "categorical" or (column.kind == "numeric" and numeric == "log-bucket")
     return replace(
         column,
-        separator=None if is_nested else column.separator,
+        separator=None if form == "a list" else column.separator,
         vocabulary=(column.vocabulary or column.name) if has_ids else None,
         min_count=settings.min_count if field.min_count is None else field.min_count,
         max_length=(field.max_length or settings.max_length) if column.is_list else 0,
@@ -155,3 +158,14 @@ def _check_vocabularies(columns: Sequence[Column]) -> None:
     for column in columns:
         if column.vocabulary not in (None, column.name) and names.count(column.vocabulary) == 1:
             raise ValueError(f"Column {column.name!r}: no other column has the vocabulary {column.vocabulary!r}. Name a categorical column.")
+    _check_module_names([name for name in names if name is not None])
+    _check_module_names([column.name for column in columns if column.is_field and column.vocabulary is None])
+
+
+def _check_module_names(names: Sequence[str]) -> None:
+    """Modules of a model are named after vocabularies and numeric fields, a "." written as "_"."""
+    first: dict[str, str] = {}
+    for name in names:
+        twin = first.setdefault(name.replace(".", "_"), name)
+        if twin != name:
+            raise ValueError(f"Columns {twin!r} and {name!r} would have the same name in a model. Rename one, or leave it out: --kind {name}=ignore.")

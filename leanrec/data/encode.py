@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from leanrec.data.ahead import ahead
+from leanrec.data.cells import raw_column
 from leanrec.data.columns import Column
 from leanrec.data.schema import Field, Kind, Schema
 from leanrec.data.shards import ShardWriter, read_shards
@@ -19,6 +20,7 @@ from leanrec.data.staging import Progress
 from leanrec.data.vocabulary import Vocabulary, count_piece, merge_counts, vocabulary_of, vocabulary_path
 
 LARGEST_DICTIONARY = 16_384  # ids of more different values are written faster, and smaller, as they are
+ROUNDING = 1e-12  # numbers that differ by less of their size are one number, computed in different ways
 
 
 def build_vocabularies(staged: Path, out: Path, columns: Sequence[Column], progress: Progress) -> dict[str, Vocabulary]:
@@ -83,7 +85,7 @@ def _field(column: Column, staged: Path, vocabularies: Mapping[str, Vocabulary],
     num_embeddings = vocabularies[column.vocabulary].num_embeddings
     if column.is_list:
         longest = [
-            pl.scan_parquet(staged / split / "*.parquet").select(pl.col(column.name).list.len().max()).collect(engine="streaming").item()
+            pl.scan_parquet(staged / split / "*.parquet").select(raw_column(column.name).list.len().max()).collect(engine="streaming").item()
             for split in splits
         ]
         kind: Kind = "sequence" if column.kind == "sequence" else "multivalued"
@@ -93,9 +95,13 @@ def _field(column: Column, staged: Path, vocabularies: Mapping[str, Vocabulary],
 
 
 def _standardization(staged: Path, name: str) -> dict[str, Any]:
-    values = pl.scan_parquet(staged / "train" / "*.parquet").select(pl.col(name).mean().alias("mean"), pl.col(name).std(ddof=0).alias("std"))
-    mean, std = values.collect(engine="streaming").row(0)
-    return {"name": "standardize", "mean": mean or 0.0, "std": std or 1.0}
+    x = raw_column(name)
+    values = pl.scan_parquet(staged / "train" / "*.parquet").select(
+        x.mean().alias("mean"), x.std(ddof=0).alias("std"), x.min().alias("low"), x.max().alias("high")
+    )
+    mean, std, low, high = values.collect(engine="streaming").row(0)
+    is_constant = not std or high - low <= ROUNDING * max(abs(low), abs(high))
+    return {"name": "standardize", "mean": mean or 0.0, "std": 1.0 if is_constant else std}
 
 
 def _encoded_schema(schema: Schema) -> pa.Schema:

@@ -19,7 +19,7 @@ class LibsvmSource:
     """Rows of indices.
 
     Where the first lines have one number of indices, the index at place j is the categorical column `fj`; else they are one list, `features`.
-    A label of -1 is how this format writes 0.
+    A label of -1 is how this format writes 0. Comments (`# ...`) and the `qid:` of ranking data are passed over.
 
     Attributes:
         width: Indices of every line; None where they are a list.
@@ -39,7 +39,7 @@ class LibsvmSource:
         parsed = _parse(block).with_columns(_fault(self.width))
         for row, fault in parsed.with_row_index().filter(pl.col("fault").is_not_null()).select("index", "fault").iter_rows():
             bad_rows.add(path, int(block.numbers[row]), "no libsvm row", fault)
-        is_sound = parsed["fault"].is_null()
+        is_sound = parsed["fault"].is_null() & (parsed["line"] != "")
         return Chunk(parsed.filter(is_sound).select(LABEL, *self._columns()), path, np.asarray(block.numbers)[is_sound.to_numpy()])
 
     def _columns(self) -> list[pl.Expr]:
@@ -50,14 +50,18 @@ class LibsvmSource:
 def _common_width(path: Path) -> int | None:
     """Indices of each of the first lines, if at least nine in ten agree: an odd line is a bad row rather than another format."""
     with closing(read_blocks(path, BadRows("skip"))) as blocks:
-        widths = _parse(next(blocks)).head(SAMPLE_ROWS)["indices"].list.len()
+        widths = _parse(next(blocks)).filter(pl.col("line") != "").head(SAMPLE_ROWS)["indices"].list.len()
     usual = int(widths.mode(maintain_order=True)[0]) if len(widths) else 0
     return usual if usual and (widths == usual).sum() >= 0.9 * len(widths) else None
 
 
 def _parse(block: Block) -> pl.DataFrame:
-    """`line`, `label` (text), `indices` (lists of text) of each line."""
+    """`line` (empty where it holds nothing but a comment), `label` (text), `indices` (lists of text) of each line."""
     line = pl.col("line")
+    if b"#" in block.text:
+        line = line.str.replace("#.*", "")
+    if b"qid:" in block.text:
+        line = line.str.replace(r"^(\s*\S+)\s+qid:\S+", "$1")
     label = line.str.extract(r"^(\S+)")
     return pl.DataFrame({"line": block.text.decode().split("\n")[:-1]}, schema={"line": pl.String}).select(
         line.str.strip_chars(),
@@ -78,4 +82,4 @@ def _fault(width: int | None) -> pl.Expr:
     if width is not None:
         words = f"{{}} indices, expected {width} as in the first lines; for lists of any length give --kind {FEATURES}=multivalued"
         faults.append(pl.when(count != width).then(pl.format(words, count)))
-    return pl.coalesce(faults).alias("fault")
+    return pl.when(line != "").then(pl.coalesce(faults)).alias("fault")

@@ -101,7 +101,7 @@ def _read(file: BinaryIO, path: Path) -> bytes:
 
 
 def _may_have_empty_lines(text: bytes, breaks: np.ndarray) -> bool:
-    if b"\r" in text and (text.startswith(b"\r\n") or b"\n\r\n" in text):
+    if b"\r" in text and (text.startswith(b"\r") or b"\n\r" in text):
         return True
     return bool((np.diff(breaks, prepend=-1) == 1).any())
 

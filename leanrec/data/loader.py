@@ -22,7 +22,8 @@ class Loader:
 
     Row groups are read into a buffer, in file order or, with a seed, in an order drawn anew for each epoch; the buffer's rows are then
     shuffled and cut into batches. The rows of a batch depend on seed, epoch and position only, so an interrupted epoch goes on where it
-    stopped without reading what is done. The last batch of a buffer may be smaller.
+    stopped without reading what is done. The last batch of a buffer may be smaller; with a seed, one of a single row, in which batch norm finds
+    nothing to measure, joins the batch before it.
 
     A log is mostly in the order of time. Where the buffer holds a part of it, items that were popular at one time come together, and a model
     forgets those of the last buffer: the buffer should hold the log, or many row groups of it.
@@ -48,7 +49,7 @@ class Loader:
         self.buffer_rows = max(BUFFER_ROWS, BUFFER_NBYTES // (4 * values)) if buffer_rows is None else buffer_rows
         self.columns = [field.name for field in schema.fields] + [schema.label]
         self.groups = _row_groups(folder, split, self.columns)
-        self.num_rows = sum(rows for _, _, rows in self.groups)
+        self.num_rows = _num_rows(self.groups)
 
     def __len__(self) -> int:
         """Batches in an epoch (with a seed: in epoch 0)."""
@@ -68,22 +69,30 @@ class Loader:
             columns = _Columns(_read(buffer, self.columns), self.schema)
             order = self._order(epoch, number, columns.num_rows)
             for batch in range(start, in_buffer):
-                yield columns.take(order[batch * self.batch_size : (batch + 1) * self.batch_size])
+                end = (batch + 1) * self.batch_size if batch + 1 < in_buffer else columns.num_rows
+                yield columns.take(order[batch * self.batch_size : end])
             del columns  # before the next ones are read
             start = 0
 
     def _batches_in(self, buffer: Sequence[RowGroup]) -> int:
-        return -(-sum(rows for _, _, rows in buffer) // self.batch_size)
+        whole, rest = divmod(_num_rows(buffer), self.batch_size)
+        return whole + (rest > (1 if whole and self.seed is not None else 0))
 
-    def _buffers(self, epoch: int) -> Iterator[list[RowGroup]]:
+    def _buffers(self, epoch: int) -> list[list[RowGroup]]:
         """Row groups in this epoch's order, in runs of at least `buffer_rows` rows."""
         groups = self.groups
         if self.seed is not None:
             groups = [groups[index] for index in np.random.default_rng([self.seed, epoch]).permutation(len(groups))]
         ends = itertools.accumulate(rows for _, _, rows in groups)
         starts = [end - rows for end, (_, _, rows) in zip(ends, groups, strict=True)]
+        buffers: list[list[RowGroup]] = []
         for _, members in itertools.groupby(zip(starts, groups, strict=True), key=lambda pair: pair[0] // self.buffer_rows):
-            yield [group for _, group in members]
+            buffer = [group for _, group in members]
+            if buffers and self.seed is not None and _num_rows(buffer) == 1:
+                buffers[-1] += buffer
+            else:
+                buffers.append(buffer)
+        return buffers
 
     def _order(self, epoch: int, number: int, num_rows: int) -> Tensor:
         if self.seed is None:
@@ -152,6 +161,10 @@ def _row_groups(folder: Path, split: str, columns: Sequence[str]) -> list[RowGro
             raise ValueError(f"{path}: columns {missing} of the schema are missing; there are {file.schema_arrow.names}.")
         groups += [(path, index, file.metadata.row_group(index).num_rows) for index in range(file.num_row_groups)]
     return [group for group in groups if group[2]]
+
+
+def _num_rows(groups: Sequence[RowGroup]) -> int:
+    return sum(rows for _, _, rows in groups)
 
 
 def _read(groups: Sequence[RowGroup], columns: Sequence[str]) -> pa.Table:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from leanrec.data.presets import PRESETS
 from leanrec.data.settings import FieldSettings, Settings
@@ -34,14 +34,14 @@ def resolve_settings(config: Path | None, **given: Any) -> Settings:
     arguments, argument_fields = _from_arguments(**given)
     options, option_fields = read_config(config) if config is not None else ({}, {})
     format = arguments.get("format", options.get("format"))
-    preset, preset_fields = PRESETS.get(format, ({}, {}))
+    preset, preset_fields = PRESETS.get(format, ({}, {})) if isinstance(format, str) else ({}, {})
     merged = {**preset, **options, **arguments}
     if merged.get("delimiter") == "\\t":  # as one writes a tab on a command line
         merged["delimiter"] = "\t"
     if "columns" in merged:
-        merged["columns"] = tuple(_values(merged["columns"], str.strip))
+        merged["columns"] = tuple(_values("columns", merged["columns"], str.strip))
     if "split" in merged:
-        merged["split"] = tuple(_values(merged["split"], lambda text: _number("split", text, float)))
+        merged["split"] = tuple(_values("split", merged["split"], lambda text: _number("split", text, float)))
     return Settings(**merged, fields=_merge(argument_fields, option_fields, preset_fields))
 
 
@@ -57,10 +57,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, FieldSettings]]:
         raise ValueError(f"{path}: the file of settings cannot be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML ({error}).") from None
+    said = options.pop("fields", {})
+    if not isinstance(said, dict):
+        raise ValueError(f"{path}: fields={said!r}: a table [fields] of COLUMN = 'KIND' is needed.")
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
         raise ValueError(f"{path}: option {unknown[0]!r} does not exist. Choose from {list(OPTIONS)}.")
-    return options, {name: _field_settings(path, name, value) for name, value in options.pop("fields", {}).items()}
+    return options, {name: _field_settings(path, name, value) for name, value in said.items()}
 
 
 def _field_settings(path: Path, name: str, value: Any) -> FieldSettings:
@@ -76,7 +79,7 @@ def _from_arguments(
     """Options for all columns, and those for single ones."""
     options = {name: value for name, value in others.items() if value is not None}
     kind_of = kinds if isinstance(kinds, Mapping) else dict(_pair(text, "kind") for text in kinds or ())
-    counts = [] if min_count is None else [str(min_count)] if isinstance(min_count, int | str) else list(min_count)
+    counts = [] if min_count is None else [str(text) for text in (min_count if _is_list(min_count) else [min_count])]
     for text in counts:
         if "=" not in text:
             options["min_count"] = _number("min_count", text, int)
@@ -93,15 +96,22 @@ def _pair(text: str, option: str) -> tuple[str, str]:
     return name, value
 
 
-def _values(given: str | Sequence[Any], convert: Callable[[str], T]) -> list[T]:
-    return [convert(str(value)) for value in (given.split(",") if isinstance(given, str) else given)]
+def _values(option: str, given: str | Sequence[Any], convert: Callable[[str], T]) -> list[T]:
+    values = given.split(",") if isinstance(given, str) else given
+    if not _is_list(values):
+        raise ValueError(f"{option}={given!r}: a list is needed, or its values with commas between them.")
+    return [convert(str(value)) for value in values]
+
+
+def _is_list(given: Any) -> TypeGuard[Iterable[Any]]:
+    return isinstance(given, Iterable) and not isinstance(given, str | Mapping)
 
 
 def _number(option: str, text: str, convert: Callable[[str], T]) -> T:
     try:
         return convert(text)
     except ValueError:
-        raise ValueError(f"{option}={text!r}: a number is needed.") from None
+        raise ValueError(f"{option}={text!r}: {'a whole number' if convert is int else 'a number'} is needed.") from None
 
 
 def _merge(*layers: Mapping[str, FieldSettings]) -> dict[str, FieldSettings]:

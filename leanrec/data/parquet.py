@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class ParquetSource:
         names: list[str] | None = None
         for path in self.paths:
             with _open(path) as file:
-                names = names or file.schema_arrow.names
+                names = names or _names(file, path)
                 if file.schema_arrow.names != names:
                     raise ValueError(f"{path}: columns {file.schema_arrow.names}, but {self.paths[0]} has {names}.")
                 start = 1
@@ -44,6 +45,14 @@ def _open(path: Path) -> parquet.ParquetFile:
         raise ValueError(f"{path}: not a whole Parquet file, truncated or of another format ({_line(error)}).") from None
 
 
+def _names(file: parquet.ParquetFile, path: Path) -> list[str]:
+    names: list[str] = file.schema_arrow.names
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: two columns have the name {repeated[0]!r}. Columns need names of their own.")
+    return names
+
+
 def _batches(file: parquet.ParquetFile, path: Path) -> Iterator[pa.RecordBatch]:
     try:
         yield from file.iter_batches(batch_size=CHUNK_ROWS)
@@ -54,7 +63,8 @@ def _batches(file: parquet.ParquetFile, path: Path) -> Iterator[pa.RecordBatch]:
 def _frame(batch: pa.RecordBatch) -> pl.DataFrame:
     frame = pl.from_arrow(batch)
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    # How a column was encoded says nothing of its kind.
+    return frame.with_columns(series.cast(pl.String) for series in frame.get_columns() if series.dtype in (pl.Categorical, pl.Enum))
 
 
 def _line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from leanrec import runs
 from leanrec.data.columns import Column, describe_columns
 from leanrec.data.encode import build_vocabularies, describe_fields, encode
 from leanrec.data.formats import open_source
-from leanrec.data.inputs import find_files, find_splits
+from leanrec.data.inputs import find_files, find_splits, refuse_repeats
 from leanrec.data.options import resolve_settings
 from leanrec.data.schema import Schema
 from leanrec.data.settings import SPLITS, Settings
@@ -153,7 +153,9 @@ def _find_inputs(inputs: Paths, valid: Paths | None, test: Paths | None) -> dict
     """Split -> its files; those of the training split are divided among the splits that have none."""
     splits = find_splits(_listed(inputs)) or {"train": find_files(_listed(inputs))}
     given = {"valid": valid, "test": test}
-    return splits | {name: find_files(_listed(paths)) for name, paths in given.items() if paths is not None}
+    splits |= {name: find_files(_listed(paths)) for name, paths in given.items() if paths is not None}
+    refuse_repeats([file for files in splits.values() for file in files])
+    return splits
 
 
 def _listed(paths: Paths) -> Sequence[str | Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from leanrec.data.source import OnBadRow
 
@@ -57,16 +57,21 @@ class Settings:
     on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
+        _check_type("header", self.header, bool, "true or false")
+        _check_type("delimiter", self.delimiter, str, "text")
+        _check_type("split_by", self.split_by, str, "the name of a column")
         _check_choice("format", self.format, (None, *get_args(Format)))
         _check_choice("on_bad_row", self.on_bad_row, get_args(OnBadRow))
         _check_choice("numeric", self.numeric, get_args(Numeric))
-        _check_positive("min_count", self.min_count)
-        _check_positive("max_length", self.max_length)
+        _check_whole("min_count", self.min_count, 1)
+        _check_whole("max_length", self.max_length, 1)
+        _check_whole("seed", self.seed, 0)
         for name, one in self.fields.items():
+            _check_type(f"kind of {name!r}", one.kind, str, "text such as 'categorical'")
             _check_choice(f"numeric of {name!r}", one.numeric, (None, *get_args(Numeric)))
-            _check_positive(f"min_count of {name!r}", one.min_count)
-            _check_positive(f"max_length of {name!r}", one.max_length)
-        if self.delimiter is not None and len(self.delimiter.encode()) != 1:
+            _check_whole(f"min_count of {name!r}", one.min_count, 1)
+            _check_whole(f"max_length of {name!r}", one.max_length, 1)
+        if self.delimiter is not None and (len(self.delimiter.encode()) != 1 or self.delimiter in '\r\n"'):
             raise ValueError(f"delimiter={self.delimiter!r}: one ASCII character is needed, such as ',' or a tab.")
         if self.columns and self.header:
             raise ValueError("columns= names the columns of files without a header, but header=True. Give one of the two.")
@@ -99,6 +104,11 @@ def _check_choice(name: str, value: str | None, choices: Sequence[str | None]) -
         raise ValueError(f"{name}={value!r} is unknown. Choose one of {[choice for choice in choices if choice is not None]}.")
 
 
-def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name}={value!r}: a whole number from 1 is needed.")
+def _check_type(name: str, value: Any, cls: type, needed: str) -> None:
+    if not isinstance(value, cls | None):
+        raise ValueError(f"{name}={value!r}: {needed} is needed.")
+
+
+def _check_whole(name: str, value: int | None, least: int) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+        raise ValueError(f"{name}={value!r}: a whole number from {least} is needed.")

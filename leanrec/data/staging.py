@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,6 @@ from leanrec.data.settings import Settings
 from leanrec.data.shards import ShardWriter, read_shards
 from leanrec.data.source import BadRows, Chunk, Source
 
-TIME = "leanrec time"
 HISTOGRAM_BINS = 1 << 16
 Progress = Callable[[str, int], None]
 
@@ -33,12 +34,14 @@ class Reading(NamedTuple):
         raw: The raw column.
         type: Of the staged values.
         cells: Type of the raw column -> its cells.
+        form: What a raw cell holds.
     """
 
     name: str
     raw: str
     type: pa.DataType
     cells: Callable[[pl.DataType], cells.Cells]
+    form: cells.Form = "one value"
 
 
 def stage(
@@ -73,13 +76,14 @@ def stage(
 
 def _stage_by_time(source: Source, writer: SplitWriter, time: str, edges: np.ndarray, bad_rows: BadRows) -> dict[str, int]:
     """Two steps: all rows with their times, and then, the times of the edges known, the splits. Rows of the same time stay together."""
-    readings = [*writer.readings, Reading(TIME, time, pa.int64(), lambda dtype: cells.time_cells(time, dtype))]
+    key = max((reading.name for reading in writer.readings), key=len) + " time"  # longer than the other names, so none of them
+    readings = [*writer.readings, Reading(key, time, pa.int64(), lambda dtype: cells.time_cells(time, dtype))]
     frames = ahead(_typed(chunk, readings, bad_rows) for chunk in source.chunks(bad_rows))
     replace(writer, splits=("all",), readings=readings).write((frame, np.zeros(len(frame))) for frame in frames)
     whole = writer.folder / "all"
-    times = [_time_at(whole, share) for share in edges]
+    times = [_time_at(whole, key, share) for share in edges]
     frames = (pl.DataFrame(batch) for batch in read_shards(whole))
-    rows = writer.write((frame, np.searchsorted(times, frame[TIME].to_numpy(), side="right")) for frame in frames)
+    rows = writer.write((frame, np.searchsorted(times, frame[key].to_numpy(), side="right")) for frame in frames)
     shutil.rmtree(whole)
     return rows
 
@@ -108,10 +112,16 @@ class SplitWriter:
 def _reading(column: Column) -> Reading:
     name = column.name
     if column.kind == "label":
-        return Reading(name, name, pa.int8(), lambda _: cells.label_cells(name))
+        return Reading(name, name, pa.int8(), lambda dtype: cells.label_cells(name, dtype))
     if column.is_list:
-        length, keep_last = column.max_length, column.kind == "sequence"
-        return Reading(name, name, pa.list_(pa.string()), lambda _: cells.list_cells(name, column.separator, max_length=length, keep_last=keep_last))
+        separator, length, keep_last = column.separator, column.max_length, column.kind == "sequence"
+        return Reading(
+            name,
+            name,
+            pa.list_(pa.string()),
+            lambda dtype: cells.list_cells(name, dtype, separator, max_length=length, keep_last=keep_last),
+            form="a list" if separator is None else "one value",
+        )
     if column.kind == "categorical":
         return Reading(name, name, pa.string(), lambda dtype: cells.text_cells(name, dtype))
     if column.vocabulary is None:
@@ -125,22 +135,45 @@ def _typed(chunk: Chunk, readings: Sequence[Reading], bad_rows: BadRows) -> pl.D
     missing = [reading.raw for reading in readings if reading.raw not in schema]
     if missing:
         raise ValueError(f"{chunk.path}: no column {missing[0]!r}; its columns are {schema.names()}. All files need the columns of the first.")
+    for reading in readings:
+        dtype = schema[reading.raw]
+        if dtype != pl.Null and cells.form_of(dtype) != reading.form:
+            fault = f"a cell holds {cells.form_of(dtype)} ({dtype}), but {reading.form} in the first file"
+            raise ValueError(f"{chunk.path}: column {reading.raw!r}: {fault}. All files need the types of the first.")
     read = [(reading, reading.cells(schema[reading.raw])) for reading in readings]
-    typed = chunk.rows.select(cell.value.alias(reading.name) for reading, cell in read)
-    wrong = chunk.rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read if cell.is_wrong is not None)
-    is_bad = wrong.select(pl.any_horizontal(pl.all())).to_series()  # there is always a label, which can be wrong
+    try:
+        typed, wrong = _select(chunk.rows, read)
+    except pl.exceptions.PolarsError:
+        raise ValueError(_unreadable(chunk, read)) from None
+    is_bad = reduce(or_, wrong.get_columns())  # there is always a label, which can be wrong
     if not is_bad.any():
         return typed
     for row in is_bad.arg_true():
         reading, cell = next((reading, cell) for reading, cell in read if reading.name in wrong and wrong[reading.name][row])
         reason = f"{reading.raw} {cell.fault}"
-        bad_rows.add(chunk.path, int(chunk.numbers[row]), reason, f"{reason}: {chunk.rows[reading.raw][row]!r}", unit=chunk.unit)
+        bad_rows.add(chunk.path, int(chunk.numbers[row]), reason, f"{reason}: {chunk.rows[reading.raw][[row]].to_list()[0]!r:.80}", unit=chunk.unit)
     return typed.filter(~is_bad)
 
 
-def _time_at(folder: Path, share: float) -> int:
-    """The earliest time that at least `share` of the rows lie before, found by histograms that zoom in: exact, in memory that no row adds to."""
-    time = pl.scan_parquet(folder / "*.parquet").select(pl.col(TIME).alias("time"))
+def _select(rows: pl.DataFrame, read: Sequence[tuple[Reading, cells.Cells]]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Typed values, and which cells are wrong of the columns where one can be."""
+    typed = rows.select(cell.value.alias(reading.name) for reading, cell in read)
+    return typed, rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read if cell.is_wrong is not None)
+
+
+def _unreadable(chunk: Chunk, read: Sequence[tuple[Reading, cells.Cells]]) -> str:
+    """What is wrong with the first column whose type has no such values."""
+    for reading, cell in read:
+        try:
+            _select(chunk.rows, [(reading, cell)])
+        except pl.exceptions.PolarsError:
+            return f"{chunk.path}: column {reading.raw!r} holds {chunk.rows.schema[reading.raw]}, which {cell.fault}."
+    raise AssertionError("each column can be read, but not all of them together")
+
+
+def _time_at(folder: Path, key: str, share: float) -> int:
+    """The earliest time in column `key` that at least `share` of the rows lie before, by histograms that zoom in: exact, in bounded memory."""
+    time = pl.scan_parquet(folder / "*.parquet").select(cells.raw_column(key).alias("time"))
     low, high, wanted = time.select(pl.col("time").min().alias("low"), pl.col("time").max().alias("high"), pl.len() * share).collect().row(0)
     before = 0
     while low < high:

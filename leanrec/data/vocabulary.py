@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER = "vocabulary"
+LONGEST_FILE_NAME = 255  # bytes, in the usual file systems
 
 
 _SEEDS = 8  # of a billion values, two share 64 bits of hash once in 37 vocabularies
@@ -125,8 +128,11 @@ def _merged(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
 
 
 def vocabulary_path(folder: Path, name: str) -> Path:
-    """Where the vocabulary `name` of a prepared log lies."""
-    return folder / FOLDER / f"{quote(name, safe=' ')}.parquet"
+    """Where the vocabulary `name` of a prepared log lies: under its name, of which a hash stands for the end where it is too long for a file."""
+    file = f"{quote(name, safe=' ')}.parquet"
+    if len(file) > LONGEST_FILE_NAME:
+        file = f"{file[:200]}-{hashlib.sha256(name.encode()).hexdigest()[:32]}.parquet"
+    return folder / FOLDER / file
 
 
 def read_counts(folder: Path, schema: Schema) -> dict[str, Tensor]:
@@ -148,19 +154,34 @@ def read_counts(folder: Path, schema: Schema) -> dict[str, Tensor]:
 
 
 def vocabulary_nbytes(folder: Path) -> int:
-    """Bytes on disk of the value -> id maps of all vocabularies, counts left out."""
+    """Bytes on disk of the value -> id maps of all vocabularies of a prepared log, counts left out.
+
+    Raises:
+        ValueError: The log or a vocabulary of it is missing or damaged.
+    """
     total = 0
-    for path in sorted((folder / FOLDER).glob("*.parquet")):
-        metadata = parquet.ParquetFile(path).metadata
+    for name in Schema.load(folder / "schema.json").vocabularies:
+        metadata = _metadata(vocabulary_path(folder, name))
         for group in range(metadata.num_row_groups):
             chunks = [metadata.row_group(group).column(column) for column in range(metadata.num_columns)]
             total += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in ("value", "id"))
     return total
 
 
+def _metadata(path: Path) -> parquet.FileMetaData:
+    with _readable(path):
+        return parquet.read_metadata(path)
+
+
 def _read(path: Path, columns: list[str]) -> pa.Table:
-    try:
+    with _readable(path):
         return parquet.read_table(path, columns=columns)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path}: not found. Is {path.parents[1]} a folder that `leanrec prepare` wrote?") from None
     except (pa.ArrowInvalid, OSError) as error:

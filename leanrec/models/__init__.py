@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,7 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def build(name: str, schema: Schema, **settings: Any) -> nn.Module:
+def build(name: str, schema: Schema, /, **settings: Any) -> nn.Module:
     """An untrained model. Its initial values come from torch's random state, as those of every `nn.Module`: seed that for a repeatable one.
 
     Args:
@@ -43,11 +44,16 @@ def build(name: str, schema: Schema, **settings: Any) -> nn.Module:
         A module with forward(features) -> logits (B,); for `features` see `leanrec.data.batch.Batch`.
 
     Raises:
-        ValueError: An unknown name, module, function or setting, or a setting out of range.
+        ValueError: An unknown name, module, function or setting, a setting out of range, or a model of your own that fails to be imported or made.
     """
     maker = _imported(name) if ":" in name else _known(name)
     _check_settings(name, maker, settings)
-    model = maker(schema, **settings)
+    try:
+        model = maker(schema, **settings)
+    except (Exception, SystemExit) as error:
+        if name in MODELS or isinstance(error, MemoryError | ModuleNotFoundError):
+            raise
+        raise ValueError(f"Model {name!r} cannot be made from the schema: {_what_and_where(error)}.") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"Model {name!r} returned {type(model).__name__}, but it must return a torch.nn.Module.")
     return model
@@ -69,6 +75,8 @@ def _imported(name: str) -> Callable[..., object]:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and something it imports is not: the user needs that trace
         raise ValueError(f"Model {name!r}: there is no module {error.name!r}. Is its folder on the Python path?") from None
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"Model {name!r}: module {module_name!r} cannot be imported: {_what_and_where(error)}.") from error
     maker = getattr(module, function_name, None)
     if not callable(maker):
         raise ValueError(f"Model {name!r}: module {module_name!r} has no function {function_name!r}.")
@@ -76,11 +84,29 @@ def _imported(name: str) -> Callable[..., object]:
 
 
 def _check_settings(name: str, maker: Callable[..., object], settings: dict[str, Any]) -> None:
-    parameters = list(inspect.signature(maker).parameters.values())[1:]  # the first is the schema
+    if not (takes := _parameters(maker)) or takes[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        raise ValueError(f"Model {name!r} must take the schema as its first argument, such as def build(schema, embedding_dim=16).")
+    first, *parameters = takes
     named = [parameter for parameter in parameters if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)]
     valid = [parameter.name for parameter in named]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    if not takes_any and (unknown := sorted(set(settings) - set(valid))):
+    if unknown := sorted(set(settings) & {first.name} if takes_any else set(settings) - set(valid)):
         raise ValueError(f"Model {name!r} has no setting {unknown[0]!r}. Choose from {valid}.")
     if missing := [parameter.name for parameter in named if parameter.default is parameter.empty and parameter.name not in settings]:
         raise ValueError(f"Model {name!r} needs the setting {missing[0]!r}, which has no default.")
+
+
+def _parameters(maker: Callable[..., object]) -> list[inspect.Parameter]:
+    """What a callable takes; of some that are written in C, Python cannot tell."""
+    try:
+        return list(inspect.signature(maker).parameters.values())
+    except (ValueError, TypeError):
+        return []
+
+
+def _what_and_where(error: BaseException) -> str:
+    """An error of a user's module in a line, with the last place in the file where it came up; a syntax error tells the place itself."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(file, line) for file, line in frames if file != __file__ and "importlib" not in file]
+    places = [f" ({file}, line {line})" for file, line in own if file == own[0][0]]
+    return f"{type(error).__name__}: {error}{places[-1] if places else ''}"

@@ -29,8 +29,8 @@ class DCNv2(nn.Module):
         super().__init__()
         require_choice("structure", structure, ("parallel", "stacked"))
         self.structure = structure
-        width = len(schema.fields) * embedding_dim
         self.embedding = FieldEmbedding(schema, embedding_dim, embedding_std=embedding_std)
+        width = len(schema.fields) * embedding_dim
         self.cross = CrossNetwork(width, num_cross_layers)
         self.deep = MLP(width, hidden_units, dropout=dropout, batch_norm=batch_norm)
         self.output = nn.Linear(self.deep.output_dim + (width if structure == "parallel" else 0), 1)

@@ -26,8 +26,8 @@ class GDCNP(nn.Module):
         embedding_std: float = 1e-4,
     ) -> None:
         super().__init__()
-        width = len(schema.fields) * embedding_dim
         self.embedding = FieldEmbedding(schema, embedding_dim, embedding_std=embedding_std)
+        width = len(schema.fields) * embedding_dim
         self.cross = GatedCrossNetwork(width, num_cross_layers)
         self.deep = MLP(width, hidden_units, dropout=dropout, batch_norm=batch_norm)
         self.output = nn.Linear(width + self.deep.output_dim, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,12 +35,14 @@ class FieldEmbedding(nn.Module):
                 ids that training hardly sees then stay near zero and add no noise.
 
         Raises:
-            ValueError: No fields, an embedding_dim below 1, a field of ids without a table, or two names that become one module name.
+            ValueError: No fields, an embedding_dim below 1, an embedding_std below 0, a field of ids without a table, or two names that become one
+                module name.
         """
         super().__init__()
         if not schema.fields:
             raise ValueError("The schema has no fields. A model needs at least one.")
         require_positive("embedding_dim", embedding_dim)
+        require_deviation("embedding_std", embedding_std)
         for field in schema.fields:
             _check_table(field, schema)
         self.fields = schema.fields
@@ -126,11 +129,13 @@ class MLP(nn.Sequential):
         """An untrained perceptron; `activation` makes the module for a layer of a given width (None: ReLU).
 
         Raises:
-            ValueError: hidden_units is no list of positive integers, or dropout no share.
+            ValueError: hidden_units is no list of positive integers, dropout no share, or batch_norm neither True nor False.
         """
         super().__init__()
-        if not isinstance(hidden_units, (list, tuple)) or not all(isinstance(width, int) and width > 0 for width in hidden_units):
+        if not isinstance(hidden_units, (list, tuple)) or not all(_is_count(width) for width in hidden_units):
             raise ValueError(f"hidden_units={hidden_units!r} must be a list of positive integers, e.g. [256, 128].")
+        require_share("dropout", dropout)
+        require_bool("batch_norm", batch_norm)
         for width in hidden_units:
             self.append(nn.Linear(input_dim, width))
             if batch_norm:
@@ -163,8 +168,34 @@ def require_choice(setting: str, given: str, choices: Sequence[str]) -> None:
 
 def require_positive(setting: str, given: int) -> None:
     """Raise ValueError unless a setting is an integer above zero."""
-    if not isinstance(given, int) or given < 1:
+    if not _is_count(given):
         raise ValueError(f"{setting}={given!r} must be an integer, 1 or more.")
+
+
+def require_deviation(setting: str, given: float) -> None:
+    """Raise ValueError unless a setting is a finite number, zero or above."""
+    if not _is_number(given) or not 0 <= given < math.inf:
+        raise ValueError(f"{setting}={given!r} must be a number, 0 or more, such as 0.0001.")
+
+
+def require_share(setting: str, given: float) -> None:
+    """Raise ValueError unless a setting is a number from 0 to below 1."""
+    if not _is_number(given) or not 0 <= given < 1:
+        raise ValueError(f"{setting}={given!r} must be a share, a number from 0 to below 1, such as 0.2.")
+
+
+def require_bool(setting: str, given: bool) -> None:
+    """Raise ValueError unless a setting is True or False."""
+    if not isinstance(given, bool):
+        raise ValueError(f"{setting}={given!r} must be True or False.")
+
+
+def _is_count(given: object) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given > 0
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)
 
 
 def _check_table(field: Field, schema: Schema) -> None:

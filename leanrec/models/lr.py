@@ -16,7 +16,7 @@ class LR(nn.Module):
         super().__init__()
         if embedding_dim != 1:
             raise ValueError(f"LR keeps one weight per id, so embedding_dim={embedding_dim} must be 1. Leave it out.")
-        self.embedding = FieldEmbedding(schema, 1, embedding_std=embedding_std)
+        self.embedding = FieldEmbedding(schema, embedding_dim, embedding_std=embedding_std)
         self.bias = nn.Parameter(torch.zeros(()))
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from leanrec.stream.source import Source, choose_name
+from leanrec.stream.source import Source, choose_name, one_line
 
 _BATCH_ROWS = 16_384
 _READ_AHEAD = 2**22
@@ -23,6 +23,7 @@ _TYPES = {
     pa.int32(): torch.int32,
     pa.int64(): torch.int64,
 }
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what pyarrow raises where bytes are not what they should be
 
 
 class ParquetRows(Source):
@@ -36,19 +37,22 @@ class ParquetRows(Source):
         self.path = path
         try:
             # A buffered stream: the pages of a row group are read as they are decoded, not all at once.
-            self._file = pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False)
-        except pa.ArrowException as error:
-            raise ValueError(f"{path}: no Parquet file, or a truncated one ({error}).") from None
-        schema, metadata = self._file.schema_arrow, self._file.metadata
+            self._file = pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False, page_checksum_verification=True)
+            kinds = {field.name: field.type for field in self._file.schema_arrow}
+            metadata = self._file.metadata
+            sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: no Parquet file, or a truncated one ({one_line(error)}).") from None
         self.num_rows = metadata.num_rows
-        columns: dict[str, tuple[int, ...]] = {field.name: (self.num_rows,) for field in schema if name is not None or _is_readable(field.type)}
+        if min(0, *sizes, self.num_rows) < 0 or sum(sizes) != self.num_rows:
+            raise ValueError(f"{path}: its row groups hold {sum(sizes)} rows, but the file {self.num_rows}. It is damaged: copy it again.")
+        columns: dict[str, tuple[int, ...]] = {known: (self.num_rows,) for known, kind in kinds.items() if name is not None or _is_readable(kind)}
         self._column = choose_name(path, name, columns, kind="columns of numbers")
-        kind = schema.field(self._column).type
+        kind = kinds[self._column]
         value = kind.value_type if _is_list(kind) else kind
         if value not in _TYPES:
             raise ValueError(f"{path}: column {self._column!r} holds {kind}. Give lists of floats (or, for counts, integers).")
         self.dtype = _TYPES[value]
-        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._group_starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         self._place, self._rest = 0, torch.empty(0)
         self._batches: Iterator[Tensor] = self._decode(0)
@@ -60,7 +64,10 @@ class ParquetRows(Source):
         parts, missing = [], stop - start
         while missing > 0:
             if not len(self._rest):
-                self._rest = next(self._batches)
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise ValueError(f"{self.path}: ends before row {stop - missing}, but should have {self.num_rows} rows. Copy it again.")
+                self._rest = batch
             parts.append(self._rest[:missing])
             self._rest = self._rest[len(parts[-1]) :]
             missing -= len(parts[-1])
@@ -76,13 +83,20 @@ class ParquetRows(Source):
             self.read(self._place, min(start, self._place + _BATCH_ROWS))
 
     def _decode(self, group: int) -> Iterator[Tensor]:
+        row = self._group_starts[group]
+        for column in self._columns(group, _BATCH_ROWS):
+            yield self._tensor(column, row)
+            row += len(column)
+
+    def _columns(self, group: int, batch_rows: int) -> Iterator[pa.Array]:
+        """Values of some rows at a time, from a row group on."""
         row, groups = self._group_starts[group], list(range(group, len(self._group_starts) - 1))
         try:
-            for batch in self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=[self._column], use_threads=False):
-                yield self._tensor(batch.column(0), row)
+            for batch in self._file.iter_batches(batch_rows, row_groups=groups, columns=[self._column], use_threads=False):
+                yield batch.column(0)
                 row += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{self.path}: cannot be read beyond row {row} ({error}). Copy it again.") from None
+        except _DAMAGE as error:
+            raise ValueError(f"{self.path}: cannot be read beyond row {row} ({one_line(error)}). Copy it again.") from None
 
     def _tensor(self, column: pa.Array, row: int) -> Tensor:
         """Values of some rows, the first of which is `row`."""
@@ -106,8 +120,8 @@ class ParquetRows(Source):
 
     def _first_length(self) -> int:
         """Values in the first row, which all rows must have."""
-        for batch in self._file.iter_batches(1, columns=[self._column], use_threads=False):
-            first = batch.column(0)[0].as_py()
+        for column in self._columns(0, 1):
+            first = column[0].as_py()
             if first:
                 return len(first)
         raise ValueError(f"{self.path}: column {self._column!r} has no values in its first row.")

@@ -20,8 +20,9 @@ from leanrec.methods.base import checked, row_weights
 from leanrec.methods.streaming import Sample, StreamingTable
 from leanrec.ops.sampling import systematic_sample
 from leanrec.ops.spread import Spread, mean_and_covariance
+from leanrec.stream.formats import open_source
 from leanrec.stream.output import TableFile
-from leanrec.stream.source import Source, open_source
+from leanrec.stream.source import Source
 
 TABLE_FILE, PROGRESS_FILE = "table.safetensors", "progress.safetensors"
 _SAVE_SECONDS = 10.0
@@ -304,9 +305,10 @@ class _Task:
 
 def _vectors(path: Path, name: str | None) -> Source:
     rows = open_source(path, name)
-    if not rows.dtype.is_floating_point or len(rows.row_shape) != 1 or not rows.num_rows:
-        shape = " x ".join(map(str, (rows.num_rows, *rows.row_shape)))
-        raise ValueError(f"{path}: holds {rows.dtype} of shape {shape}. A table has rows of floats, V x D.")
+    shape = rows.num_rows, *rows.row_shape
+    if not rows.dtype.is_floating_point or len(shape) != 2 or 0 in shape:
+        sizes = " x ".join(map(str, shape))
+        raise ValueError(f"{path}: holds {rows.dtype} of shape {sizes}. A table has rows of floats, V x D, at least one and of at least one value.")
     return rows
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import operator
+import math
 import os
+import reprlib
+import textwrap
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +27,6 @@ DTYPES = {
     "I16": torch.int16,
     "U8": torch.uint8,
 }
-_NUMPY_NAMES = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16", "u1": "U8"}
 _TAKE_ROWS = 16_384
 _FAR_ROWS = 256  # so far apart, rows are read one by one and not with all that lies between them
 
@@ -86,7 +85,7 @@ class Stretch(Source):
     def __init__(self, path: Path, first_byte: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.path, self.dtype, self.num_rows, self.row_shape = path, dtype, shape[0], shape[1:]
         self._first_byte = first_byte
-        self._row_values = int(np.prod(self.row_shape))
+        self._row_values = math.prod(self.row_shape)
         # Read, not mapped: pages of a mapped file count as memory of the process for as long as they are there.
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
@@ -122,33 +121,6 @@ def _bytes_of(rows: Tensor) -> memoryview:
     return rows.reshape(-1).view(torch.uint8).numpy().data
 
 
-def open_source(path: Path, name: str | None = None) -> Source:
-    """The rows in a `.npy` or safetensors file, a Parquet file, or a folder of torch.distributed.checkpoint.
-
-    Args:
-        path: The file or folder.
-        name: Of the tensor or column, where there are several.
-
-    Raises:
-        ValueError: The file is missing, damaged, of another format or type, or holds no such tensor.
-    """
-    if not path.exists():
-        raise ValueError(f"{path}: no such file. Give a .npy, .safetensors or .parquet file, or a folder of torch.distributed.checkpoint.")
-    if path.is_dir():
-        from leanrec.stream.checkpoint import open_checkpoint
-
-        return open_checkpoint(path, name)
-    if path.suffix == ".parquet":
-        from leanrec.stream.parquet import ParquetRows
-
-        return ParquetRows(path, name)
-    if path.suffix == ".npy":
-        return _open_npy(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path, name)
-    raise ValueError(f"{path}: of unknown format. Give a .npy, .safetensors or .parquet file, or a folder of torch.distributed.checkpoint.")
-
-
 def choose_name(path: Path, name: str | None, shapes: dict[str, tuple[int, ...]], kind: str = "tensors") -> str:
     """The name that was asked for, or the only one there is; the file holds things of one kind.
 
@@ -163,39 +135,18 @@ def choose_name(path: Path, name: str | None, shapes: dict[str, tuple[int, ...]]
     return name or next(iter(shapes))
 
 
-def _open_npy(path: Path) -> Source:
-    with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, by_column, dtype = reader(file)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: no .npy file, or a truncated one ({error}).") from None
-        first_byte = file.tell()
-    if by_column and len(shape) > 1:
-        raise ValueError(f"{path}: is stored column by column. Save it again with numpy.ascontiguousarray.")
-    kind = _NUMPY_NAMES.get(dtype.str[1:]) if dtype.str[0] in "<|" else None
-    if kind is None or not shape:
-        raise ValueError(f"{path}: holds {dtype} of shape {shape}. Give rows of little-endian floats of 2, 4 or 8 bytes (or, for counts, integers).")
-    return Stretch(path, first_byte, DTYPES[kind], shape)
+def whole_numbers(values: Iterable[Any]) -> tuple[int, ...]:
+    """A shape, or places in a file, as a header gives them.
+
+    Raises:
+        ValueError: They are no whole numbers from 0 on.
+    """
+    numbers = tuple(values)
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError(f"{reprlib.repr(values)} are no whole numbers from 0 on")
+    return numbers
 
 
-def _open_safetensors(path: Path, name: str | None) -> Source:
-    with path.open("rb") as file:
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size - 8:
-                raise ValueError(f"a header of {length} bytes in a file of {path.stat().st_size}")
-            entries = json.loads(file.read(length))
-            entries.pop("__metadata__", None)
-            shapes = {known: tuple(map(operator.index, entry["shape"])) for known, entry in entries.items()}
-            starts = {known: operator.index(entry["data_offsets"][0]) for known, entry in entries.items()}
-            dtypes = {known: str(entry["dtype"]) for known, entry in entries.items()}
-            if min((0, *starts.values(), *itertools.chain.from_iterable(shapes.values()))) < 0:
-                raise ValueError("a negative number in its header")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: no safetensors file, or a truncated one ({error}).") from None
-    chosen = choose_name(path, name, shapes)
-    if dtypes[chosen] not in DTYPES or not shapes[chosen]:
-        raise ValueError(f"{path}: holds {dtypes[chosen]} of shape {shapes[chosen]}. Give rows of one of {list(DTYPES)}.")
-    return Stretch(path, 8 + length + starts[chosen], DTYPES[dtypes[chosen]], shapes[chosen])
+def one_line(error: Exception) -> str:
+    """What an error that another library raised says of a damaged file."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from leanrec.data.loader import Batch, Loader
 from leanrec.methods.base import Table
+from leanrec.ops.metrics import describe
 from leanrec.train.observe import observe
 from leanrec.train.settings import TrainSettings
 from leanrec.train.state import Progress, State
@@ -53,7 +55,13 @@ def train(
         from_scratch: Whether compressed tables are to learn all that they store, their codes too, and not only what has gradients.
         teacher: Of the same batches; its predictions are learned too.
         on_step: Called after every step.
+
+    Raises:
+        ValueError: The model has nothing to train or gives no logits, the validation rows have one label only, or the training diverged.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"Model {type(model).__name__} has no parameters to train.")
+    _check_labels(validation)
     if teacher is not None:
         teacher.model.eval()
     tables = [module for module in model.modules() if isinstance(module, Table)] if from_scratch else []
@@ -92,7 +100,11 @@ def _epoch(
     tables = [module for module in state.model.modules() if isinstance(module, Table)]
     for batch in loader.batches(epoch=progress.epoch, start=progress.batch):
         logits = state.model(batch.features)
+        _check_logits(state.model, logits, len(batch.labels))
         loss = F.binary_cross_entropy_with_logits(logits, _labels(batch, teacher))
+        loss_value = loss.item()
+        if not math.isfinite(loss_value):
+            raise _diverged(f"the loss is {loss_value}", state)
         (loss + l2() / len(batch.labels) + sum(table.penalty() for table in tables)).backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
@@ -100,8 +112,9 @@ def _epoch(
             for parameter, rows in table.maintain(progress.step):
                 state.optimizer.forget(parameter, rows)
         progress.batch, progress.step = progress.batch + 1, progress.step + 1
-        progress.loss_sum, progress.loss_steps = progress.loss_sum + loss.item(), progress.loss_steps + 1
+        progress.loss_sum, progress.loss_steps = progress.loss_sum + loss_value, progress.loss_steps + 1
         if progress.batch in due:
+            _check_weights(state)
             state.evaluate(validation)
         if on_step is not None:
             on_step(progress)
@@ -110,6 +123,49 @@ def _epoch(
         if progress.failures >= settings.patience:
             return
     progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
+def _check_labels(validation: Loader) -> None:
+    """Raise ValueError unless both labels are among the validation rows; mostly the first batch has them."""
+    labels: set[float] = set()
+    for batch in validation.batches():
+        labels.update(batch.labels.unique().tolist())
+        if len(labels) > 1:
+            return
+    raise ValueError(
+        f"The validation split has {validation.num_rows} rows, and the label of all of them is {', '.join(f'{label:g}' for label in labels)}: "
+        "their AUC, which tells the best weights, needs both labels. Give the split more rows, or other ones, in `leanrec prepare`."
+    )
+
+
+def _check_logits(model: nn.Module, logits: object, num_rows: int) -> None:
+    if not isinstance(logits, Tensor):
+        given = f"a {type(logits).__name__}"
+    elif logits.shape != (num_rows,) or not logits.is_floating_point():
+        given = describe(logits)
+    elif not logits.requires_grad:
+        given = f"{describe(logits)} without gradients, as .detach() leaves it,"
+    else:
+        return
+    raise ValueError(
+        f"Model {type(model).__name__} gives {given} for a batch of {num_rows} rows. Its forward must give a float tensor of shape ({num_rows},) "
+        "with gradients: one logit for each row."
+    )
+
+
+def _check_weights(state: State) -> None:
+    for name, parameter in state.model.named_parameters():
+        parts = parameter.detach().reshape(-1).split(1 << 24)  # a mask of a whole table would need as much memory again
+        if parameter.requires_grad and not all(part.isfinite().all() for part in parts):
+            raise _diverged(f"weights of {name} are NaN or infinite", state)
+
+
+def _diverged(what: str, state: State) -> ValueError:
+    step, settings = state.progress.step, state.settings
+    if step == 0:
+        return ValueError(f"In the first batch, before any step, {what}. Look at the model's initial values and at the numbers of the log.")
+    rates = f"{settings.learning_rate:g} (of the tables: {settings.table_learning_rate or settings.learning_rate:g})"
+    return ValueError(f"The training diverged: after step {step}, {what}. Lower the learning rate, {rates}.")
 
 
 @torch.no_grad()

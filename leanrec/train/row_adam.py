@@ -19,8 +19,14 @@ class RowAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # training takes no closure
-        """One step; gradients that were sparse, or of Adagrad groups, are None afterwards."""
+        """One step; gradients that were sparse, or of Adagrad groups, are None afterwards.
+
+        Raises:
+            ValueError: The learning rate is so high that a step does not fit in a float32.
+        """
         for group in self.param_groups:
+            if group["lr"] / (1 - group["betas"][0]) > torch.finfo(torch.float32).max:
+                raise ValueError(f"The learning rate {group['lr']:g} gives steps that float32 cannot hold. Lower it; 0.001 is usual.")
             for parameter in group["params"]:
                 if parameter.grad is not None and group.get("row_adagrad"):
                     self._step_adagrad(parameter, group)

@@ -84,6 +84,39 @@ def test_an_interrupted_epoch_goes_on_where_it_stopped(folder, buffer_rows):
         assert [batch.features["user"].tolist() for batch in loader.batches(epoch=2, start=start)] == whole[start:]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "buffer_rows", "sizes"),
+    [
+        (333, 1 << 20, [333, 333, 334]),  # 1000 = 3 * 333 + 1
+        (999, 1 << 20, [1000]),
+        (33, 100, ([33, 33, 34] * 10)),  # in each buffer
+        (332, 1 << 20, [332, 332, 332, 4]),
+        (1, 1 << 20, [1] * 1000),
+    ],
+)
+def test_no_shuffled_batch_but_those_of_size_one_has_a_single_row(folder, batch_size, buffer_rows, sizes):
+    loader = Loader(folder, "train", SCHEMA, batch_size=batch_size, seed=0, buffer_rows=buffer_rows)
+    whole = [batch.features["user"].tolist() for batch in loader.batches(epoch=1)]
+    assert [len(batch) for batch in whole] == sizes
+    assert loader.num_batches(epoch=1) == len(sizes)
+    assert sorted(user for batch in whole for user in batch) == list(range(NUM_ROWS))
+    for start in (1, len(sizes) - 1, len(sizes)):
+        assert [batch.features["user"].tolist() for batch in loader.batches(epoch=1, start=start)] == whole[start:]
+    in_order = Loader(folder, "train", SCHEMA, batch_size=batch_size, buffer_rows=buffer_rows)
+    assert max(len(batch.labels) for batch in in_order.batches()) == batch_size, "batches in order stay as they are"
+
+
+def test_a_row_group_of_one_row_is_no_buffer_of_its_own(folder):
+    (folder / "valid").mkdir()
+    pq.write_table(pq.read_table(folder / "train" / "part-00001.parquet").slice(0, 201), folder / "valid" / "part-00000.parquet", row_group_size=100)
+    for epoch in range(6):
+        loader = Loader(folder, "valid", SCHEMA, batch_size=50, seed=0, buffer_rows=100)
+        sizes = [len(batch.labels) for batch in loader.batches(epoch=epoch)]
+        assert len(sizes) == loader.num_batches(epoch=epoch)
+        assert sum(sizes) == 201
+        assert min(sizes) > 1
+
+
 def test_a_small_buffer_reads_no_more_than_it_holds(folder, monkeypatch):
     read = []
     original = pq.ParquetFile.read_row_group

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from leanrec.data import vocabulary
-from leanrec.data.vocabulary import Vocabulary, count_piece, merge_counts, vocabulary_of
+from leanrec.data.prepare import prepare
+from leanrec.data.vocabulary import Vocabulary, count_piece, merge_counts, read_counts, vocabulary_nbytes, vocabulary_of, vocabulary_path
 
 
 def pieces_of(values, sizes):
@@ -77,3 +78,38 @@ def test_a_vocabulary_with_a_value_twice_is_an_error():
     table = pl.DataFrame({"value": [None, None, "a", "a"], "id": [0, 1, 2, 3], "count": [0, 0, 2, 1]})
     with pytest.raises(ValueError, match="holds a value twice"):
         Vocabulary(table)
+
+
+def test_only_a_name_that_is_too_long_for_a_file_is_shortened(tmp_path):
+    paths = {vocabulary_path(tmp_path, "x" * 300 + end).name for end in "ab"}
+    assert len(paths) == 2
+    assert {len(path) <= 255 and path.startswith("x" * 200) for path in paths} == {True}
+    assert vocabulary_path(tmp_path, "x" * 247).name == "x" * 247 + ".parquet"
+    assert vocabulary_path(tmp_path, "é a/b").name == "%C3%A9 a%2Fb.parquet"
+
+
+def test_a_column_of_a_very_long_name_is_prepared(tmp_path):
+    name = "é" * 150
+    (tmp_path / "log.csv").write_text(f"label,{name}\n" + "1,a\n0,b\n" * 20)
+    prepared = prepare(tmp_path / "log.csv", tmp_path / "out")
+    assert read_counts(prepared.folder, prepared.schema)[name].sum() == prepared.rows["train"]
+    assert prepared.vocabulary_nbytes > 0
+
+
+def test_bytes_of_a_log_that_is_not_there_or_not_whole_are_an_error(tmp_path):
+    (tmp_path / "log.csv").write_text("label,x\n" + "1,a\n0,b\n" * 20)
+    prepared = prepare(tmp_path / "log.csv", tmp_path / "out")
+    assert vocabulary_nbytes(tmp_path / "out") == prepared.vocabulary_nbytes > 0
+    with pytest.raises(ValueError, match=r"moved.schema\.json: not found"):
+        vocabulary_nbytes(tmp_path / "moved")
+    vocabulary_path(tmp_path / "out", "x").unlink()
+    with pytest.raises(ValueError, match=r"x\.parquet: not found"):
+        vocabulary_nbytes(tmp_path / "out")
+    vocabulary_path(tmp_path / "out", "x").write_text("no Parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet: damaged"):
+        vocabulary_nbytes(tmp_path / "out")
+
+
+def test_a_log_of_numbers_has_no_bytes_of_vocabularies(tmp_path):
+    (tmp_path / "log.csv").write_text("label,x\n" + "1,0.5\n0,1.5\n" * 20)
+    assert prepare(tmp_path / "log.csv", tmp_path / "out", kinds={"x": "numeric"}).vocabulary_nbytes == 0

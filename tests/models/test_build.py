@@ -1,5 +1,6 @@
 import re
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,15 @@ def anything(schema, **settings):
 def number(schema):
     return 3
 
+def schemaless():
+    return nn.Identity()
+
+def named_only(*, schema):
+    return nn.Identity()
+
+def failing(schema):
+    return {}["no such key"]
+
 constant = 4
 """
 
@@ -42,9 +52,11 @@ def own_models(tmp_path, monkeypatch):
     (package / "__init__.py").touch()
     (package / "own.py").write_text(OWN_MODULE)
     (package / "broken.py").write_text("import package_nobody_has\n")
+    (package / "unfinished.py").write_text("\ndef build(schema: return 1\n")
+    (package / "leaving.py").write_text("\nraise SystemExit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield
-    for name in ("shop_models", "shop_models.own", "shop_models.broken"):
+    for name in ("shop_models", "shop_models.own", "shop_models.broken", "shop_models.unfinished", "shop_models.leaving"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -76,12 +88,39 @@ def test_missing_setting_of_an_own_model_is_named(own_models, schema):
 
 
 @pytest.mark.parametrize(
-    "choice",
-    [{"structure": "serial"}, {"dropout": 2.0}, {"hidden_units": 400}, {"embedding_dim": 0}, {"embedding_dim": 8.5}, {"num_cross_layers": -1}],
+    ("setting", "values", "right"),
+    [
+        ("structure", ["serial", None, ["stacked"]], "Choose one of"),
+        ("dropout", ["abc", 2.0, 1, -0.1, float("nan"), True, None], "must be a share, a number from 0 to below 1"),
+        ("batch_norm", ["yes", 7, 1, None], "must be True or False"),
+        ("embedding_std", ["abc", -1, float("nan"), float("inf"), True], "must be a number, 0 or more"),
+        ("embedding_dim", [0, 8.5, True, "abc", None, [8]], "must be an integer, 1 or more"),
+        ("num_cross_layers", [-1, True], "must be an integer, 1 or more"),
+        ("hidden_units", [400, [True]], "must be a list of positive integers"),
+    ],
 )
-def test_a_setting_out_of_range_is_an_error(schema, choice):
-    with pytest.raises(ValueError, match=next(iter(choice))):
-        build("dcnv2", schema, **choice)
+def test_a_setting_out_of_range_is_an_error(schema, setting, values, right):
+    for value in values:
+        for name in (name for name, model in MODELS.items() if name != "lr" and setting in signature(model).parameters):
+            with pytest.raises(ValueError, match=f"^{re.escape(f'{setting}={value!r}')} .*{right}"):
+                build(name, schema, **{setting: value})
+
+
+def test_initial_values_may_all_be_zero(schema):
+    assert not any(table.weight.any() for table in build("fm", schema, embedding_std=0).embedding.tables.values())
+
+
+def test_weights_of_logistic_regression_are_single_numbers(schema):
+    for embedding_dim in (2, True):
+        with pytest.raises(ValueError, match=f"embedding_dim={embedding_dim} must be"):
+            build("lr", schema, embedding_dim=embedding_dim)
+
+
+@pytest.mark.parametrize("setting", ["schema", "name"])
+@pytest.mark.parametrize("name", ["deepfm", "shop_models.own:popularity"])
+def test_arguments_of_build_are_no_settings(own_models, schema, name, setting):
+    with pytest.raises(ValueError, match=f"Model '{name}' has no setting '{setting}'. Choose from"):
+        build(name, schema, **{setting: 5})
 
 
 def test_own_model_is_called_with_schema_and_settings(own_models, schema, features):
@@ -95,7 +134,9 @@ def test_own_class_serves_as_a_function(own_models, schema):
 
 
 def test_own_function_may_take_any_settings(own_models, schema):
-    assert build("shop_models.own:anything", schema, depth=3).settings == {"depth": 3}
+    assert build("shop_models.own:anything", schema, depth=3, name="wide").settings == {"depth": 3, "name": "wide"}
+    with pytest.raises(ValueError, match="has no setting 'schema'"):
+        build("shop_models.own:anything", schema, schema=3)
 
 
 def test_unknown_setting_of_an_own_model_lists_the_valid_ones(own_models, schema):
@@ -114,10 +155,17 @@ def test_unknown_setting_of_an_own_model_lists_the_valid_ones(own_models, schema
         (":popularity", "Write package.module:function"),
         (".own:popularity", "Write package.module:function"),
         ("shop_models.own:number", "returned int, but it must return a torch.nn.Module"),
+        ("shop_models.own:schemaless", "must take the schema as its first argument"),
+        ("shop_models.own:named_only", "must take the schema as its first argument"),
+        ("builtins:dict", "must take the schema as its first argument"),
+        ("shop_models.own:failing", r"cannot be made from the schema: KeyError: 'no such key' \(.*own.py, line 31\)"),
+        ("json:loads", "cannot be made from the schema: TypeError: the JSON object must be .*, not Schema"),
+        ("shop_models.unfinished:build", r"'shop_models.unfinished' cannot be imported: SyntaxError: .* \(unfinished.py, line 2\)"),
+        ("shop_models.leaving:build", r"'shop_models.leaving' cannot be imported: SystemExit: 3 \(.*leaving.py, line 2\)"),
     ],
 )
 def test_own_model_that_cannot_be_made_is_an_error(own_models, schema, name, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^Model '{name}'.*{message}"):
         build(name, schema)
 
 
