@@ -106,7 +106,7 @@ def _num_batches(data: Path, batch_size: int) -> int:
     from leanrec.data.loader import Loader
     from leanrec.data.schema import Schema
 
-    return len(Loader(data, "train", Schema.load(data / "schema.json"), batch_size=batch_size))
+    return len(Loader(data, "train", Schema.load(data / "schema.json"), batch_size=batch_size, seed=0))
 
 
 def _evaluation(entry: dict[str, float]) -> str:
