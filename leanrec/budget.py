@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import torch
@@ -218,10 +219,10 @@ def _budget(full: int, nbytes: int | None, ratio: float | None) -> int:
     if (nbytes is None) == (ratio is None):
         raise ValueError(f"Give one of nbytes and ratio, not nbytes={nbytes} and ratio={ratio}.")
     if nbytes is not None:
-        if not isinstance(nbytes, int | float) or not math.isfinite(nbytes):
+        if not isinstance(nbytes, Real) or not math.isfinite(nbytes):
             raise ValueError(f"nbytes={nbytes!r} must be a number of bytes.")
         return math.floor(nbytes)
-    if not isinstance(ratio, int | float) or not ratio > 0 or not math.isfinite(full / ratio):
+    if not isinstance(ratio, Real) or not ratio > 0 or not math.isfinite(full / ratio):
         raise ValueError(f"ratio={ratio!r} must be more than 0, such as 50 for tables 50 times smaller.")
     most = math.floor(full / ratio)
     return most + 1 if full / (most + 1) >= ratio else most  # where rounding made the quotient too small by a hair

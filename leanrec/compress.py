@@ -147,6 +147,13 @@ def group_sensitivities(groups: Mapping[str, Group], sensitivities: Mapping[str,
     return dict(sensitivities or {})
 
 
+def check_compressible(group: Group) -> None:
+    """Raise ValueError for the first module that has what a compressed table cannot keep."""
+    for path, module in group.items():
+        if reason := _obstacle(module):
+            raise ValueError(f"{title(path, module)}: {reason}, or {_exempt(path)}.")
+
+
 def _checked_patterns(method: Method | Mapping[str, Method | None]) -> Mapping[str, Method | None]:
     if isinstance(method, Method):
         return {"*": method}
@@ -196,26 +203,24 @@ def _exempt(path: str) -> str:
 
 def _ties(model: nn.Module, groups: Mapping[str, Group]) -> dict[str, str]:
     """First path of a group -> name of a parameter of some other module that has memory in common with it."""
-    modules = [(path, module) for path, group in groups.items() for module in group.values()]
-    owners = {path: list(module.parameters()) for path, module in modules}
-    within = {part for _, module in modules for part in module.modules()}
-    outside = [(path, module) for path, module in model.named_modules() if module not in within]
-    named = [(f"{path}.{name}".lstrip("."), parameter) for path, module in outside for name, parameter in module.named_parameters(recurse=False)]
-    return {
-        path: name for path, parameters in owners.items() for name, other in named if any(share_memory(parameter, other) for parameter in parameters)
-    }
+    named = [
+        (module, f"{path}.{name}".lstrip("."), parameter)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    ties: dict[str, str] = {}
+    for path, group in groups.items():
+        within = {part for module in group.values() for part in module.modules()}
+        own = list(group[path].parameters())
+        shared = (name for module, name, other in named if module not in within and any(share_memory(parameter, other) for parameter in own))
+        if name := next(shared, None):
+            ties[path] = name
+    return ties
 
 
 def _paddings(group: Group) -> set[int | None]:
     """What the group's modules without pooling answer zero for; a bag leaves its padding out by itself."""
     return {module.padding_idx for module in group.values() if isinstance(module, nn.Embedding | Table)}
-
-
-def check_compressible(group: Group) -> None:
-    """Raise ValueError for the first module that has what a compressed table cannot keep."""
-    for path, module in group.items():
-        if reason := _obstacle(module):
-            raise ValueError(f"{title(path, module)}: {reason}, or {_exempt(path)}.")
 
 
 def _obstacle(module: EmbeddingModule) -> str | None:

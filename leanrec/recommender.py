@@ -81,9 +81,11 @@ def open_run(folder: Path) -> Recommender:
             else f"the result of `leanrec {record['command']}`, no model"
         )
         raise ValueError(f"{folder}: holds {kind}. Give a run of `leanrec train` or of `leanrec compress` on a model.")
-    recommender = record["recommender"]
+    recommender = record.get("recommender")
+    if not recommender:
+        raise ValueError(f'{folder}: its run.json does not say what model lies here ("recommender"). Train or compress again.')
     data = Path(recommender["data"])
-    if (data / runs.RUN_FILE).is_file() and log_identity(data) != recommender["log"]:
+    if (data / runs.RUN_FILE).is_file() and log_identity(data) != recommender.get("log"):
         raise ValueError(f"{folder}: was trained on another log than the one that lies at {data} now. Prepare that one again, or train anew.")
     schema = Schema.load(folder / SCHEMA_FILE)
     with torch.device("meta"):

@@ -109,7 +109,7 @@ def compress_run(
             settings, checkpoint = replace(tuning, seed=seed, keep_initial=True), current.folder / CHECKPOINT_FILE
             teacher = Teacher(open_run(run).model, teacher_share) if teacher_share else None
             progress = train_recommender(recommender, settings, checkpoint=checkpoint, teacher=teacher, on_step=on_step)
-            checkpoint.unlink()
+            checkpoint.unlink(missing_ok=True)  # there is none where the tuning diverged before its first
         recommender.save(current.folder)
         fitted.unlink()
         if max_auc_drop is not None:

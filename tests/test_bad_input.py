@@ -1,6 +1,7 @@
 """What goes wrong on the command line is told in one line with the fact and the remedy, and leaves nothing that looks finished."""
 
 import errno
+import json
 import os
 import shlex
 import shutil
@@ -280,6 +281,13 @@ def test_altered_model(refused, damaged, verb):
 def test_record_that_is_no_json(refused, damaged):
     (damaged / "run.json").write_text("{")
     assert "run.json: not JSON" in refused("report", damaged, out=False)
+
+
+def test_record_that_names_no_model(refused, damaged):
+    record = json.loads((damaged / "run.json").read_text())
+    del record["recommender"]
+    (damaged / "run.json").write_text(json.dumps(record))
+    assert 'does not say what model lies here ("recommender")' in refused("evaluate", damaged, out=False)
 
 
 def test_schema_that_was_altered(refused, damaged):

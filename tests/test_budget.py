@@ -3,6 +3,7 @@ import random
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -185,6 +186,12 @@ def test_tables_that_cannot_be_compressed_are_refused():
         fit_budget(network, PQ(), ratio=2)
     with pytest.raises(ValueError, match=r"Table 'user' \(400 x 8\): it is on the meta device"):
         fit_budget(model(user=1.0).to("meta"), PQ(), ratio=2)
+
+
+def test_numbers_of_numpy_are_numbers():
+    network = model(user=1.0)
+    assert fit_budget(network, PQ(), nbytes=np.int64(4000)) == fit_budget(network, PQ(), nbytes=4000)
+    assert fit_budget(network, PQ(), ratio=np.float32(3)) == fit_budget(network, PQ(), ratio=3)
 
 
 @pytest.mark.parametrize("nbytes", [float("nan"), float("inf"), "100"])

@@ -256,6 +256,13 @@ def test_what_cannot_be_kept_is_refused_by_name(model, reason):
     assert compress(model, {"user": None, "*": SMALL})["user"] is user
 
 
+def test_a_table_that_is_part_of_another_is_refused():
+    model = nn.ModuleDict({"user": embedding(), "friend": nn.Embedding(40, 8)})
+    model["friend"].weight = nn.Parameter(model["user"].weight.data[10:])
+    with pytest.raises(ValueError, match=r"Table 'user' \(50 x 8\): its weight is also the parameter 'friend.weight'"):
+        compress(model, SMALL)
+
+
 def test_hooks_of_a_compressed_table_are_not_lost_either():
     for model in (embedding(), nn.EmbeddingBag(50, 8)):
         table = compress(model, SMALL)

@@ -180,6 +180,14 @@ def test_the_folder_within_a_run_keeps_the_last_evaluation_and_one_that_is_named
     (base / "evaluate-test").rmdir()
 
 
+def test_a_fine_tuning_that_diverges_leaves_the_model_as_it_was(base, tmp_path):
+    with pytest.warns(UserWarning, match="diverged.*Lower the learning rate.*Kept what was best before"):
+        record = compress_run(base, tmp_path / "small", method="PQ()", tuning=replace(SHORT, learning_rate=1e30))
+    assert record["valid"]["auc"] == record["valid"]["auc_untuned"] == pytest.approx(runs.load(base)["valid"]["auc"], abs=0.05)
+    untuned = compress_run(base, tmp_path / "untuned", method="PQ()", tuning=None)
+    assert record["valid"]["logloss"] == untuned["valid"]["logloss"]
+
+
 def test_runs_of_different_logs_cannot_be_compared(small_log, base, tmp_path):
     copied = tmp_path / "copied"
     copied.mkdir()

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import polars as pl
 
 from leanrec.data.cells import form_of, time_of
+from leanrec.data.schema import module_key
 from leanrec.data.settings import Numeric, Settings
 
 ColumnKind = Literal["categorical", "numeric", "multivalued", "sequence", "label", "timestamp", "ignore"]
@@ -163,9 +164,9 @@ def _check_vocabularies(columns: Sequence[Column]) -> None:
 
 
 def _check_module_names(names: Sequence[str]) -> None:
-    """Modules of a model are named after vocabularies and numeric fields, a "." written as "_"."""
+    """Modules of a model are named after vocabularies and numeric fields."""
     first: dict[str, str] = {}
     for name in names:
-        twin = first.setdefault(name.replace(".", "_"), name)
+        twin = first.setdefault(module_key(name), name)
         if twin != name:
             raise ValueError(f"Columns {twin!r} and {name!r} would have the same name in a model. Rename one, or leave it out: --kind {name}=ignore.")

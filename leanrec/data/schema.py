@@ -12,6 +12,11 @@ Kind = Literal["categorical", "numeric", "multivalued", "sequence"]
 PADDING_ID, UNKNOWN_ID, FIRST_ID = 0, 1, 2
 
 
+def module_key(name: str) -> str:
+    """What the module of a column or vocabulary is called in a model: no name of a module has a "."."""
+    return name.replace(".", "_")
+
+
 @dataclass(frozen=True)
 class Field:
     """One input of a model.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from leanrec.data.schema import PADDING_ID, Field, Schema
+from leanrec.data.schema import PADDING_ID, Field, Schema, module_key
 
 
 class FieldEmbedding(nn.Module):
@@ -219,7 +219,7 @@ def module_names(names: list[str]) -> dict[str, str]:
     reserved = nn.ModuleDict()
     keys: dict[str, str] = {}
     for name in names:
-        key = name.replace(".", "_")
+        key = module_key(name)
         key = f"{key}_" if hasattr(reserved, key) else key
         if twin := next((other for other, taken in keys.items() if taken == key), None):
             raise ValueError(f"{twin!r} and {name!r} both become the module name {key!r}. Rename one of the two.")

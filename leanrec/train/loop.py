@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,8 @@ def train(
         on_step: Called after every step.
 
     Raises:
-        ValueError: The model has nothing to train or gives no logits, the validation rows have one label only, or the training diverged.
+        ValueError: The model has nothing to train or gives no logits, the validation rows have one label only, or the training diverged
+            (with `keep_initial`, what was best before is kept then).
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Model {type(model).__name__} has no parameters to train.")
@@ -76,8 +78,13 @@ def train(
         elif settings.keep_initial:
             state.evaluate(validation)
         model.train()
-        while state.progress.epoch < settings.epochs and state.progress.failures < settings.patience:
-            _epoch(state, loader, validation, l2, teacher, checkpoint, on_step)
+        try:
+            while state.progress.epoch < settings.epochs and state.progress.failures < settings.patience:
+                _epoch(state, loader, validation, l2, teacher, checkpoint, on_step)
+        except _Diverged as error:
+            if not settings.keep_initial:
+                raise
+            warnings.warn(f"{error} Kept what was best before.", stacklevel=2)
     model.load_state_dict(state.best)
     for table in tables:
         table.finish()
@@ -160,12 +167,16 @@ def _check_weights(state: State) -> None:
             raise _diverged(f"weights of {name} are NaN or infinite", state)
 
 
+class _Diverged(ValueError):
+    """Weights or the loss are no numbers any more."""
+
+
 def _diverged(what: str, state: State) -> ValueError:
     step, settings = state.progress.step, state.settings
     if step == 0:
         return ValueError(f"In the first batch, before any step, {what}. Look at the model's initial values and at the numbers of the log.")
     rates = f"{settings.learning_rate:g} (of the tables: {settings.table_learning_rate or settings.learning_rate:g})"
-    return ValueError(f"The training diverged: after step {step}, {what}. Lower the learning rate, {rates}.")
+    return _Diverged(f"The training diverged: after step {step}, {what}. Lower the learning rate, {rates}.")
 
 
 @torch.no_grad()
