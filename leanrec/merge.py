@@ -24,7 +24,7 @@ from leanrec.models.gdcn import GDCNP
 from leanrec.models.layers import FieldEmbedding
 from leanrec.ops import fused
 
-_WORD_COST = 4  # a word has to be fetched, a row is there: adding up a value takes as long as about so many products
+_WORD_COST = 8  # adding up a value takes as long as about so many products: 12 on a processor with AVX-512, fewer without
 
 _MODELS = (DeepFM, DCNv2, GDCNP)
 
@@ -38,7 +38,7 @@ def merge(model: nn.Module, *, popular_rows: int = 4096) -> nn.Module:
     - The first dense layer of DeepFM, DCNv2 (not stacked) and GDCN-P is multiplied with the code books and axes of the tables. A layer of H
       outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H numbers
       instead of D x H products; one that takes rows of R coordinates is R x H products. The model takes M x K x H x 4 bytes of memory for
-      each field of such words. Fields of other tables, tables that gain nothing (M >= D / 4 or R + 1 >= D), lists and numbers are multiplied
+      each field of such words. Fields of other tables, tables that gain nothing (M >= D / 8 or R + 1 >= D), lists and numbers are multiplied
       as before, and so is everything where the layer is not an `nn.Linear`.
 
     The model can no longer be trained, and no longer be saved or compressed: do that before.
@@ -205,7 +205,7 @@ class MergedLinear(_Frozen):
                 self.others.append(place)
                 weights.append(weight)
         self.weight = torch.cat(weights + weights_of_axes, dim=1)
-        self.sums = fused.Sums(sums)
+        self.sums = fused.Sums(sums, zeros)
 
     def forward(self, vectors: Tensor, features: dict[str, Tensor]) -> Tensor:
         """What the layer makes of `vectors`, which are those of `features`: (B, F * D) -> (B, H)."""
@@ -220,14 +220,12 @@ class MergedLinear(_Frozen):
     @property
     def nbytes(self) -> int:
         """Bytes of what it multiplies and adds up, without what it reads of the tables."""
-        words = sum(table.coded.tensors[0].nbytes for table in self.sums.tables.values())
-        return self.weight.nbytes + self.bias.nbytes + words
+        return self.weight.nbytes + self.bias.nbytes + self.sums.tiles.nbytes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to`, `.double` and the like call."""
         self.weight, self.bias = fn(self.weight), fn(self.bias)
-        moved = {place: table.coded._replace(tensors=[fn(tensor) for tensor in table.coded.tensors]) for place, table in self.sums.tables.items()}
-        self.sums = fused.Sums({place: table._replace(coded=moved[place]) for place, table in self.sums.tables.items()})
+        self.sums = self.sums.map(fn)
         self.coordinates = {place: (fn(coordinates), padding) for place, (coordinates, padding) in self.coordinates.items()}
         return self
 

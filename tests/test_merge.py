@@ -29,7 +29,7 @@ METHODS = [
 def made(method, schema, features, name="deepfm"):
     """A model whose tables are compressed, and what it answers."""
     torch.manual_seed(3)
-    model = build(name, schema, embedding_dim=16, hidden_units=[20, 6], embedding_std=0.7).eval()
+    model = build(name, schema, embedding_dim=32, hidden_units=[20, 6], embedding_std=0.7).eval()
     leanrec.compress(model, method)
     with torch.no_grad():
         return model, model(features)
@@ -91,7 +91,7 @@ def test_a_model_of_ids_alone_and_of_32_bits(two_threads):
     model, expected = made(PQ(num_subspaces=2, num_centroids=16), schema, features)
     assert_merged(model, {name: ids.int() for name, ids in features.items()}, expected, num_merged=3)
     assert model.deep.first.weight.shape == (20, 0)
-    assert model.deep.first.nbytes == 4 * (20 + 3 * 2 * 16 * 20)
+    assert model.deep.first.nbytes == 4 * (20 + (3 * 2 * 16 + 1) * 32)  # 16 columns at a time, and a word of zeros
 
 
 def test_only_tables_that_gain_are_merged(schema, features):
@@ -180,7 +180,7 @@ def test_popular_rows_are_kept_and_the_others_read(popular_rows, schema, feature
     leanrec.merge(model, popular_rows=popular_rows)
     torch.testing.assert_close(model.embedding(features), before)
     sizes = [min(popular_rows, size) for size in (30, 20)]
-    assert model.embedding.nbytes == sum(sizes) * 16 * 4, "a table that two fields share is kept once"
+    assert model.embedding.nbytes == sum(sizes) * 32 * 4, "a table that two fields share is kept once"
     for table in model.embedding.tables.values():
         table.scales.zero_()
     after = model.embedding(features)
@@ -264,7 +264,7 @@ def test_threads_of_a_server_share_a_merged_model(schema, features):
 
 
 def test_what_cannot_be_merged_says_so(schema, features):
-    wide, _ = made(LowRank(rank=15), schema, features)
+    wide = leanrec.compress(build("deepfm", schema, embedding_dim=16), LowRank(rank=15))
     for model in [build("fm", schema), build("dcnv2", schema, structure="stacked"), torch.nn.Linear(2, 2), wide]:
         with pytest.raises(ValueError, match=rf"{type(model).__name__} has nothing to merge: no tables of .* and no first dense layer of DeepFM"):
             leanrec.merge(model)

@@ -6,15 +6,18 @@ there, or a table is of another precision, tables are read by torch, by their `l
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from leanrec.ops.additive import sum_words
@@ -31,6 +34,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _CPU = torch.device("cpu")
 IDS = (torch.int64, torch.int32)  # of ids that the kernel reads
 _ANY_ROW = 2**62  # more than a table has
+_TILE = 16  # columns of words that the kernel adds up at once
 _enabled = True
 
 
@@ -175,7 +179,7 @@ class Together(ABC):
         Args:
             tables: Place -> a table that the kernel `takes`; all of one width.
         """
-        self.tables = dict(tables)
+        self.tables: dict[int, Any] = dict(tables)
         self._made: list[Any] = []
         self._held: list[Tensor] = []
 
@@ -193,14 +197,14 @@ class Together(ABC):
         if len(ids) != len(self.tables) or any(len(each) != len(out) for each in ids):
             raise ValueError(f"{len(self.tables)} tables need {len(out)} ids each, but are given {[len(each) for each in ids]}.")
         assert out.is_contiguous() and out.dtype == torch.float32
-        self._made = self._made or [self._make(place, *table) for place, table in self.tables.items()]
+        self._made = self._made or [self._make(place, table) for place, table in self.tables.items()]
         bad = run(self._made, [each.data_ptr() for each in ids], len(out), out.data_ptr(), torch.get_num_threads())
         if bad != _FINE:
             number, row = divmod(bad, len(out)) if bad >= 0 else (0, bad)
             raise _refusal(row, ids[number], list(self.tables.values())[number].num_rows)
 
     @abstractmethod
-    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None, decoded: Tensor | None) -> Any:
+    def _make(self, place: int, table: Any) -> Any:
         """A table as the kernel takes it; what has to last as long goes to `_held`."""
 
 
@@ -221,7 +225,8 @@ class SideBySide(Together):
         """
         self._run(_kernel.run_side_by_side, ids, out)
 
-    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None, decoded: Tensor | None) -> Any:
+    def _make(self, place: int, table: Read) -> Any:
+        coded, num_rows, padding, decoded = table
         slot, stride, skipped = 4 * coded.width * place, coded.width * self.num_places, -1 if padding is None else padding
         call = _kernel.Call(0, True, 0, num_rows, skipped, 0, 0, 0, False, slot, coded.width, stride)  # `run` fills in the zeros that stand for ids
         if decoded is not None:
@@ -229,8 +234,48 @@ class SideBySide(Together):
         return _READS[coded.layout](call, coded.tensors, coded.numbers, self._held)
 
 
+class _Summed(NamedTuple):
+    packed_codes: Tensor
+    num_bits: int
+    num_books: int
+    num_words: int
+    first_word: int
+    num_rows: int
+    padding: int | None
+
+
 class Sums(Together):
-    """Tables in the layout "sum" whose rows are added up."""
+    """Tables in the layout "sum" whose rows are added up.
+
+    Attributes:
+        tiles: (D / 16 rounded up, W + 1, 16) float32, the words of all tables and one of zeros, 16 columns at a time: the kernel adds up so many
+            of all rows before the next, and so reads words that are in a core's own cache.
+        width: D.
+    """
+
+    def __init__(self, tables: Mapping[int, Read], zeros: Tensor) -> None:
+        """What is added up.
+
+        Args:
+            tables: Place -> a table in the layout "sum"; all of one width.
+            zeros: (D,), the word of zeros.
+        """
+        super().__init__({})
+        self.width = len(zeros)
+        books = [table.coded.tensors[0] for table in tables.values()]
+        firsts = accumulate((len(words) * words.shape[1] for words in books), initial=0)
+        for (place, (coded, num_rows, padding, _)), first in zip(tables.items(), firsts, strict=False):
+            num_books, num_words, _ = coded.tensors[0].shape
+            self.tables[place] = _Summed(coded.tensors[1], coded.numbers[0], num_books, num_words, first, num_rows, padding)
+        words = torch.cat([*[each.flatten(0, 1) for each in books], zeros.unsqueeze(0)])
+        self.tiles = F.pad(words, (0, -self.width % _TILE)).unflatten(1, (-1, _TILE)).transpose(0, 1).contiguous()
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Sums:
+        """The same of what `fn` makes of each tensor."""
+        mapped = copy.copy(self)
+        mapped.tiles = fn(self.tiles)
+        mapped.tables = {place: table._replace(packed_codes=fn(table.packed_codes)) for place, table in self.tables.items()}
+        return mapped
 
     def add(self, ids: Sequence[Tensor], out: Tensor) -> Tensor:
         """`out`, (N, D), with the rows that (N,) ids have in each table added to it in place; by torch where the kernel cannot.
@@ -239,22 +284,23 @@ class Sums(Together):
             IndexError: An id outside of its table.
             ValueError: Not as many ids of one table as of another.
         """
-        is_plain = out.is_cpu and out.dtype == torch.float32 and out.is_contiguous()  # it is not under autocast, for one
+        is_plain = out.is_cpu and out.dtype == self.tiles.dtype == torch.float32 and out.is_contiguous()  # it is not under autocast, for one
         if is_plain and self.takes(ids):
-            self._run(_kernel.add_sums, ids, out)
+            self._run(self._add, ids, out)
             return out
-        for ((_, (codebooks, packed_codes), (num_bits,), _), _, padding, _), each in zip(self.tables.values(), ids, strict=True):
-            codes = unpack_rows(packed_codes, each.long(), len(codebooks), num_bits).unbind(1)
-            rows = sum((book[code] for book, code in zip(codebooks, codes, strict=True)), start=torch.zeros_like(out))
-            out += rows if padding is None else rows.masked_fill((each == padding).unsqueeze(1), 0.0)
+        for table, each in zip(self.tables.values(), ids, strict=True):
+            codes = unpack_rows(table.packed_codes, each.long(), table.num_books, table.num_bits)
+            words = table.first_word + codes + table.num_words * torch.arange(table.num_books, device=codes.device)
+            rows = self.tiles[:, words].sum(2).transpose(0, 1).flatten(1)[:, : self.width].to(out.dtype)
+            out += rows if table.padding is None else rows.masked_fill((each == table.padding).unsqueeze(1), 0.0)
         return out
 
-    def _make(self, place: int, coded: Coded, num_rows: int, padding: int | None, decoded: Tensor | None) -> Any:
-        codebooks, packed_codes = coded.tensors
-        self._held.append(codebooks.contiguous())
-        books, (num_books, num_words, _) = self._held[-1].data_ptr(), codebooks.shape
-        codes, skipped = (packed_codes.data_ptr(), packed_codes.numel(), coded.numbers[0]), -1 if padding is None else padding
-        return _kernel.Lookup(*codes, books, num_books, num_words, coded.width, num_rows, skipped)
+    def _add(self, made: list[Any], ids: list[int], num_ids: int, out: int, num_threads: int) -> int:
+        return _kernel.add_sums(made, ids, num_ids, self.tiles.data_ptr(), self.tiles.shape[1], self.width, out, num_threads)
+
+    def _make(self, place: int, table: _Summed) -> Any:
+        packed_codes, *numbers, padding = table
+        return _kernel.Lookup(packed_codes.data_ptr(), packed_codes.numel(), *numbers, -1 if padding is None else padding)
 
 
 @contextmanager

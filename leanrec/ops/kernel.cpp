@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <system_error>
 #include <thread>
 #include <type_traits>
@@ -40,7 +41,9 @@ constexpr int64_t kValuesPerThread = 1 << 15;  // as torch shares its work
 #else
 constexpr int64_t kValuesPerThread = 1 << 17;  // a thread costs some ten microseconds, in which another one writes so many values
 #endif
-constexpr size_t kWordsAhead = 8;              // words between the one that is added and the one that is asked for
+constexpr int64_t kTile = 16;                  // columns of a word that are added up at once, a line of the cache
+constexpr int64_t kRowsOfTile = 4096;          // rows whose words are added up before it is the next tile's turn
+constexpr int64_t kRowsAhead = 4;              // between the row of a tile that is written and the one that is asked for
 constexpr int64_t kMaxLevels = 32;
 constexpr int64_t kFine = -1, kBadBorders = -2, kBadOffsets = -3;  // beside the place of an id that is out of range
 
@@ -646,45 +649,99 @@ FOR_EACH_CPU void add_gradients(const int64_t* ids, int64_t num_ids, int64_t pad
 
 // Where the ids of a batch are looked up in one of several tables whose rows are sums of words.
 struct Lookup {
-    Books<float> books;
-    int64_t num_rows, padding;
+    Codes codes;
+    int64_t num_books, num_words, first_word, num_rows, padding;
     const int64_t* ids = nullptr;
 
-    Lookup(uintptr_t codes, int64_t nbytes, int64_t bits, uintptr_t words, int64_t num_books, int64_t num_words, int64_t width, int64_t num_rows, int64_t padding)
-        : books{{reinterpret_cast<const uint8_t*>(codes), nbytes, bits}, reinterpret_cast<const float*>(words), num_books, num_words, width},
+    Lookup(uintptr_t codes, int64_t nbytes, int64_t bits, int64_t num_books, int64_t num_words, int64_t first_word, int64_t num_rows, int64_t padding)
+        : codes{reinterpret_cast<const uint8_t*>(codes), nbytes, bits}, num_books(num_books), num_words(num_words), first_word(first_word),
           num_rows(num_rows), padding(padding) {}
+
+    INLINE bool has(int64_t id) const { return uint64_t(id) < uint64_t(num_rows); }
 };
 
-// out += the sums of the words that ids of a place stand for; kFine, or as `run` tells of an id out of range.
-FOR_EACH_CPU int64_t add_sums(const std::vector<Lookup>& lookups, int64_t num_ids, float* out, int64_t begin, int64_t end) {
-    const int64_t width = lookups[0].books.width;
-    std::vector<const float*> words;
-    for (int64_t place = begin; place < end; ++place) {
-        words.clear();
-        for (const Lookup& lookup : lookups) {
-            const int64_t id = lookup.ids[place];
-            if (uint64_t(id) >= uint64_t(lookup.num_rows)) return (&lookup - &lookups[0]) * num_ids + place;
-            if (place + kAhead < num_ids && uint64_t(lookup.ids[place + kAhead]) < uint64_t(lookup.num_rows)) lookup.books.prefetch(lookup.ids[place + kAhead]);
-            if (id == lookup.padding) continue;
-            for (int64_t book = 0; book < lookup.books.num_books; ++book) words.push_back(lookup.books.word<false>(id, book, width));
-        }
-        float* row = out + place * width;
-        size_t word = 0;
-        for (; word + 4 <= words.size(); word += 4) {
-            const float *first = words[word], *second = words[word + 1], *third = words[word + 2], *fourth = words[word + 3];
-            const float* const* later = &words[std::min(word + kWordsAhead, words.size() - 4)];
-            int64_t column = 0;
-            for (; column + 8 <= width; column += 8) {
-                if (column % 16 == 0) {
-                    for (int ahead = 0; ahead < 4; ++ahead) __builtin_prefetch(later[ahead] + column);
-                }
-                eight(row + column) += (eight(first + column) + eight(second + column)) + (eight(third + column) + eight(fourth + column));
+// The words of all tables, kTile columns at a time: (width / kTile rounded up, num_words, kTile), the last word zeros.
+struct Tiles {
+    const float* values;
+    int64_t num_words, width;
+};
+
+// Places of the words of rows from `first` on, (rows, words_of_row), for those of them that are `begin` to `end`; kFine, or as `run` tells of an id
+// out of range.
+FOR_EACH_CPU int64_t find_words(const std::vector<Lookup>& lookups, const Tiles& tiles, int64_t num_ids, int32_t* words, int64_t words_of_row, int64_t first,
+                                int64_t begin, int64_t end) {
+    for (const Lookup& lookup : lookups) {
+        for (int64_t row = begin; row < end; ++row) {
+            const int64_t place = first + row, id = lookup.ids[place];
+            if (!lookup.has(id)) return (&lookup - &lookups[0]) * num_ids + place;
+            if (place + kAhead < num_ids && lookup.has(lookup.ids[place + kAhead])) {
+                lookup.codes.prefetch(lookup.ids[place + kAhead] * lookup.num_books, lookup.num_books);
             }
-            for (; column < width; ++column) row[column] += first[column] + second[column] + third[column] + fourth[column];
+            for (int64_t book = 0; book < lookup.num_books; ++book) {
+                const int64_t code = std::min<int64_t>(lookup.codes.at(id * lookup.num_books + book), lookup.num_words - 1);
+                const int64_t word = id == lookup.padding ? tiles.num_words - 1 : lookup.first_word + book * lookup.num_words + code;
+                words[row * words_of_row + book] = int32_t(word);
+            }
         }
-        for (; word < words.size(); ++word) put<true>(row, words[word], 1.0f, width);
+        words += lookup.num_books;
     }
     return kFine;
+}
+
+// out += the sums of words, of tiles `begin` to `end`. A tile is small enough for the cache of a core, and used for all rows before the next.
+FOR_EACH_CPU void add_words(const Tiles& tiles, const int32_t* words, int64_t words_of_row, int64_t num_rows, float* out, int64_t begin, int64_t end) {
+    for (int64_t column = kTile * begin; column < std::min(kTile * end, tiles.width); column += kTile) {
+        const float* tile = tiles.values + column * tiles.num_words;
+        if (num_rows * words_of_row > tiles.num_words) {
+            for (int64_t word = 0; word < tiles.num_words; ++word) __builtin_prefetch(tile + word * kTile, 0, 2);
+        }
+        for (int64_t row = 0; row < num_rows; ++row) {
+            const int32_t* of_row = words + row * words_of_row;
+            float* values = out + row * tiles.width + column;
+            __builtin_prefetch(values + kRowsAhead * tiles.width, 1);
+            Eight low = {}, high = {};
+            int64_t word = 0;
+            for (; word + 4 <= words_of_row; word += 4) {
+                const float *first = tile + of_row[word] * kTile, *second = tile + of_row[word + 1] * kTile;
+                const float *third = tile + of_row[word + 2] * kTile, *fourth = tile + of_row[word + 3] * kTile;
+                low += (eight(first) + eight(second)) + (eight(third) + eight(fourth));
+                high += (eight(first + 8) + eight(second + 8)) + (eight(third + 8) + eight(fourth + 8));
+            }
+            for (; word < words_of_row; ++word) {
+                low += eight(tile + of_row[word] * kTile);
+                high += eight(tile + of_row[word] * kTile + 8);
+            }
+            if (column + kTile <= tiles.width) {
+                eight(values) += low;
+                eight(values + 8) += high;
+            } else {
+                const Eight sums[2] = {low, high};
+                for (int64_t place = 0; place < tiles.width - column; ++place) values[place] += sums[place / 8][place % 8];
+            }
+        }
+    }
+}
+
+// out += the sums of the words that ids of a place stand for; kFine, or as `run` tells of an id out of range.
+int64_t add_sums(const std::vector<Lookup>& lookups, const Tiles& tiles, int64_t num_ids, float* out, int64_t num_threads) {
+    int64_t words_of_row = 0;
+    for (const Lookup& lookup : lookups) words_of_row += lookup.num_books;
+    const std::unique_ptr<int32_t[]> words(new int32_t[words_of_row * std::min(kRowsOfTile, num_ids)]);
+    const int64_t num_tiles = (tiles.width + kTile - 1) / kTile;
+    std::atomic<int64_t> bad{kFine};
+    for (int64_t first = 0; first < num_ids && bad == kFine; first += kRowsOfTile) {
+        const int64_t num_rows = std::min(kRowsOfTile, num_ids - first);
+        const int64_t useful = std::clamp<int64_t>(num_rows * words_of_row * tiles.width / kValuesPerThread, 1, std::max<int64_t>(num_threads, 1));
+        share(num_rows, std::min(useful, num_rows), [&](int64_t begin, int64_t end) {
+            const int64_t found = find_words(lookups, tiles, num_ids, words.get(), words_of_row, first, begin, end);
+            if (found != kFine) bad = found;
+        });
+        if (bad != kFine) break;
+        share(num_tiles, std::min(useful, num_tiles), [&](int64_t begin, int64_t end) {
+            add_words(tiles, words.get(), words_of_row, num_rows, out + first * tiles.width, begin, end);
+        });
+    }
+    return bad;
 }
 
 }  // namespace
@@ -738,19 +795,13 @@ NB_MODULE(_kernel, m) {
         }
         return run(each, num_threads);
     });
-    nb::class_<Lookup>(m, "Lookup")
-        .def(nb::init<uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>());
-    m.def("add_sums", [](const std::vector<const Lookup*>& given, const std::vector<uintptr_t>& ids, int64_t num_ids, uintptr_t out, int64_t num_threads) {
+    nb::class_<Lookup>(m, "Lookup").def(nb::init<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>());
+    m.def("add_sums", [](const std::vector<const Lookup*>& given, const std::vector<uintptr_t>& ids, int64_t num_ids, uintptr_t tiles, int64_t num_words,
+                         int64_t width, uintptr_t out, int64_t num_threads) {
         nb::gil_scoped_release release;
         std::vector<Lookup> lookups;
         for (size_t number = 0; number < given.size(); ++number) lookups.emplace_back(*given[number]).ids = at<const int64_t*>(ids.at(number));
-        std::atomic<int64_t> bad{kFine};
-        const int64_t useful = num_ids * int64_t(lookups.size()) * lookups.at(0).books.width / kValuesPerThread;
-        share(num_ids, std::clamp<int64_t>(std::min(useful, num_ids), 1, std::max<int64_t>(num_threads, 1)), [&](int64_t begin, int64_t end) {
-            const int64_t found = add_sums(lookups, num_ids, at<float*>(out), begin, end);
-            if (found >= 0) bad = found;
-        });
-        return bad.load();
+        return add_sums(lookups, {at<const float*>(tiles), num_words, width}, num_ids, at<float*>(out), num_threads);
     });
     m.def("gradients", [](uintptr_t ids, int64_t num_ids, int64_t padding, uintptr_t grad, int64_t row_width, uintptr_t codes, int64_t nbytes,
                           int64_t bits, uintptr_t out, int64_t num_books, int64_t num_words, int64_t width, bool side_by_side, int64_t num_threads) {
