@@ -19,12 +19,12 @@ class Cells(NamedTuple):
 
     Attributes:
         value: Typed values.
-        is_wrong: Boolean: the cell holds something that is no such value; None where no cell can.
+        is_wrong: Boolean: the cell holds something that is no such value; "null" where `value` has nulls for those alone, None where no cell can.
         fault: What is wrong then, in words.
     """
 
     value: pl.Expr
-    is_wrong: pl.Expr | None
+    is_wrong: pl.Expr | Literal["null"] | None
     fault: str
 
 
@@ -63,7 +63,7 @@ def label_cells(name: str, dtype: pl.DataType) -> Cells:
     """0 or 1 as int8."""
     raw = raw_column(name)
     number = (_text(raw, dtype) if dtype == pl.Binary else raw).cast(pl.Float64, strict=False)
-    return Cells(number.cast(pl.Int8, strict=False), ~number.is_in([0.0, 1.0]).fill_null(False), "is neither 0 nor 1")
+    return Cells(pl.when(number.is_in([0.0, 1.0])).then(number).cast(pl.Int8), "null", "is neither 0 nor 1")
 
 
 def number_cells(name: str, dtype: pl.DataType) -> Cells:
@@ -86,8 +86,9 @@ def bucket_cells(name: str, dtype: pl.DataType) -> Cells:
     """
     cells = number_cells(name, dtype)
     if dtype in (pl.String, pl.Binary):
-        text = _text(raw_column(name), dtype)
-        return cells._replace(value=text.map_batches(_buckets_of_text, return_dtype=pl.String))
+        raw = raw_column(name)
+        text = pl.when(raw.is_null()).then(pl.lit("")).otherwise(_text(raw, dtype))
+        return Cells(text.map_batches(_buckets_of_text, return_dtype=pl.String), "null", cells.fault)
     return cells._replace(value=cells.value.map_batches(_bucket_texts, return_dtype=pl.String))
 
 
@@ -133,10 +134,11 @@ def _are_no_numbers(text: pl.Series) -> pl.Series:
 
 
 def _buckets_of_text(text: pl.Series) -> pl.Series:
-    """Text of the bucket of each number that is text. Counts repeat: each different text is read once."""
-    encoded = text.to_arrow().dictionary_encode(null_encoding="encode")
+    """Text of the bucket of each number that is text, null where it is no number. Counts repeat: each different text is read once."""
+    encoded = text.to_arrow().dictionary_encode()
     distinct = pl.Series(pa.chunked_array([encoded.dictionary]), dtype=pl.String)
-    return _bucket_texts(_numbers(distinct)).gather(pl.Series(encoded.indices))
+    buckets = _bucket_texts(_numbers(distinct)).set(_are_no_numbers(distinct), None)
+    return buckets.gather(pl.Series(encoded.indices))
 
 
 _FIRST_LARGE = 3  # place of the first bucket of numbers above 2, as what lies up to there has places up to 2
@@ -154,7 +156,7 @@ def _bucket_texts(numbers: pl.Series) -> pl.Series:
 def time_cells(name: str, dtype: pl.DataType) -> Cells:
     """Times as int64 that grow with time."""
     time = time_of(name, dtype)
-    return Cells(time, time.is_null(), "is no time (a whole number, or text like 2024-05-31 23:59:59)")
+    return Cells(time, "null", "is no time (a whole number, or text like 2024-05-31 23:59:59)")
 
 
 def time_of(name: str, dtype: pl.DataType) -> pl.Expr:

@@ -127,7 +127,8 @@ class DelimitedSource:
             # One thread: only then are rows numbered. One block: the text is bounded already.
             read_options=csv.ReadOptions(column_names=names, use_threads=False, block_size=len(text) + 1),
             parse_options=csv.ParseOptions(delimiter=self.delimiter, quote_char=quote, invalid_row_handler=leave_out),
-            convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
+            # Blocks are text by now, and stay it where they are cut.
+            convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False, check_utf8=False),
         )
 
 

@@ -123,10 +123,10 @@ def _reading(column: Column) -> Reading:
             form="a list" if separator is None else "one value",
         )
     if column.kind == "categorical":
-        return Reading(name, name, pa.string(), lambda dtype: cells.text_cells(name, dtype))
+        return Reading(name, name, pa.large_string(), lambda dtype: cells.text_cells(name, dtype))
     if column.vocabulary is None:
         return Reading(name, name, pa.float64(), lambda dtype: cells.number_cells(name, dtype))
-    return Reading(name, name, pa.string(), lambda dtype: cells.bucket_cells(name, dtype))
+    return Reading(name, name, pa.large_string(), lambda dtype: cells.bucket_cells(name, dtype))
 
 
 def _typed(chunk: Chunk, readings: Sequence[Reading], bad_rows: BadRows) -> pl.DataFrame:
@@ -158,7 +158,9 @@ def _typed(chunk: Chunk, readings: Sequence[Reading], bad_rows: BadRows) -> pl.D
 def _select(rows: pl.DataFrame, read: Sequence[tuple[Reading, cells.Cells]]) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Typed values, and which cells are wrong of the columns where one can be."""
     typed = rows.select(cell.value.alias(reading.name) for reading, cell in read)
-    return typed, rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read if cell.is_wrong is not None)
+    wrong = rows.select(cell.is_wrong.alias(reading.name) for reading, cell in read if isinstance(cell.is_wrong, pl.Expr))
+    nulls = [typed[reading.name].is_null() for reading, cell in read if isinstance(cell.is_wrong, str)]
+    return typed, pl.DataFrame([*wrong.get_columns(), *nulls])
 
 
 def _unreadable(chunk: Chunk, read: Sequence[tuple[Reading, cells.Cells]]) -> str:

@@ -157,3 +157,14 @@ def test_names_that_look_like_patterns_are_names(tmp_path, time):
     assert decoded(prepared.folder, "a") == [str(row) for row in range(32)]
     assert prepared.rows["valid"] == 4
     assert pl.read_parquet(tmp_path / "out" / "vocabulary" / "%2A.parquet")["value"].to_list()[2:] == sorted(str(200 + row) for row in range(32))
+
+
+@pytest.mark.parametrize("dtype", [pl.String, pl.Binary])
+def test_a_number_of_which_the_bucket_is_taken_may_be_missing_but_not_wrong(dtype):
+    texts = ["3", None, "", "NA ", "0", "x", "inf", "3"]
+    series = pl.Series("x", texts).cast(dtype)
+    expected = ["b1", "", "", "", "0", None, None, "b1"]
+    if dtype == pl.Binary:
+        series, expected = pl.concat([series, pl.Series("x", [b"\xff"])]), [*expected, None]
+    cell = cells.bucket_cells("x", dtype)
+    assert cell.is_wrong == "null" and series.to_frame().select(cell.value).to_series().to_list() == expected
