@@ -17,9 +17,9 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import record
 from criteo_like import DISTINCT, NUMBERS, write_log
 from processes import Measured, measure
-from record import write
 
 HERE = Path(__file__).parent
 NUMBER_NAMES = [f"I{place + 1}" for place in range(NUMBERS)]
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--fuxictr-python", type=Path, help="Python of an environment that holds FuxiCTR")
     parser.add_argument("--only", choices=("large", "compare"))
+    parser.add_argument("--machine", help="end of the results' names, to keep those of another machine beside the usual ones")
     options = parser.parse_args()
+    record.suffix = f"_{options.machine}" if options.machine else ""
     options.work.mkdir(parents=True, exist_ok=True)
     if options.only != "compare":
         large(options.work, options.rows)
@@ -55,8 +57,8 @@ def large(work: Path, rows: int) -> None:
     for size in (rows // 2, rows):
         log = _log(work, size)
         runs[size] = measured = _leanrec(log, work / "prepared")
-        record = json.loads((work / "prepared" / "run.json").read_text())
-        values = sum(column["num_embeddings"] or 0 for column in record["columns"])
+        columns = json.loads((work / "prepared" / "run.json").read_text())["columns"]
+        values = sum(column["num_embeddings"] or 0 for column in columns)
         setting = {"rows": size, "log_bytes": log.stat().st_size, "distinct_values": values, "min_count": 1, "polars_threads": 1}
         print(size, measured.seconds, measured.cpu_seconds, measured.peak_memory, values, flush=True)
         (work / f"large-{size}.json").write_text(json.dumps({**setting, "peak": measured.peak_memory, "seconds": measured.seconds}))
@@ -65,9 +67,9 @@ def large(work: Path, rows: int) -> None:
         shutil.rmtree(work / "prepared")
     half, full = runs[rows // 2], runs[rows]
     gigabytes = {"peak GB": full.peak_memory / 1e9, "rows per second": rows / full.seconds, "rows per processor second": rows / full.cpu_seconds}
-    write("prepare_memory", ratio=MEMORY_LIMIT / full.peak_memory, bar=1.0, against="4 GB of memory", medians=gigabytes, setting=setting)
+    record.write("prepare_memory", ratio=MEMORY_LIMIT / full.peak_memory, bar=1.0, against="4 GB of memory", medians=gigabytes, setting=setting)
     halves = {"half GB": half.peak_memory / 1e9, "whole GB": full.peak_memory / 1e9}
-    write(
+    record.write(
         "prepare_doubling",
         ratio=half.peak_memory / full.peak_memory,
         bar=None,
@@ -99,7 +101,7 @@ def compare(work: Path, rows: int, turns: int, fuxictr_python: Path | None) -> N
         setting = {"rows": rows, "log_bytes": log.stat().st_size, "min_count": 1, "polars_threads": 1, "turns": turns}
         if name == "fuxictr":
             setting["fuxictr_versions"] = json.loads(runs[name][-1].output.strip().splitlines()[-1])["versions"]
-        write(
+        record.write(
             f"prepare_{name}",
             ratio=medians["leanrec rows per processor second"] / medians[f"{name} rows per processor second"],
             bar=10.0 if name == "fuxictr" else None,
