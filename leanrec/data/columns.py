@@ -67,7 +67,12 @@ def describe_columns(sample: pl.DataFrame, settings: Settings) -> tuple[Column, 
     columns = []
     for series in sample.get_columns():
         kind = given[series.name]
-        column = _infer(series, label_known=has_label) if kind is None else _parse(series.name, kind)
+        if kind is not None:
+            column = _parse(series.name, kind)
+        elif series.name == settings.split_by:  # as a field, its values in the test split would all be new
+            column = Column(series.name, "timestamp", "split by")
+        else:
+            column = _infer(series, label_known=has_label)
         columns.append(_complete(column, series, settings))
     _check_label(columns)
     _check_vocabularies(columns)

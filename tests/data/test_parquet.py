@@ -154,9 +154,11 @@ def test_names_that_look_like_patterns_are_names(tmp_path, time):
     sizes = {field.name: (field.kind, field.max_length) for field in prepared.schema.fields}
     assert sizes["^t$"] == ("multivalued", 3)
     assert sizes["^n$"] == ("numeric", 0)
-    assert decoded(prepared.folder, "a") == [str(row) for row in range(32)]
     assert prepared.rows["valid"] == 4
-    assert pl.read_parquet(tmp_path / "out" / "vocabulary" / "%2A.parquet")["value"].to_list()[2:] == sorted(str(200 + row) for row in range(32))
+    files = {"a": (0, "a.parquet"), "*": (200, "%2A.parquet")}
+    for first, file in (files[name] for name in files.keys() - {time}):
+        values = pl.read_parquet(tmp_path / "out" / "vocabulary" / file)["value"].to_list()[2:]
+        assert sorted(values) == sorted(str(first + row) for row in range(32))
 
 
 @pytest.mark.parametrize("dtype", [pl.String, pl.Binary])
