@@ -76,15 +76,15 @@ def test_tables_of_several_methods(schema, features):
     assert_merged(model, features, expected, num_merged=3)
 
 
-@pytest.fixture
-def two_threads():
+@pytest.fixture(params=[2, 5])
+def several_threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
-def test_a_model_of_ids_alone_and_of_32_bits(two_threads):
+def test_a_model_of_ids_alone_and_of_32_bits(several_threads):
     """Nothing is left to multiply: what the perceptron takes is a sum of words."""
     schema = Schema(tuple(Field(name, "categorical", "ids", 50) for name in "abc"))  # one table, three shares of the layer
     features = {name: torch.randint(50, (40_000,), generator=torch.Generator().manual_seed(place)) for place, name in enumerate("abc")}

@@ -688,36 +688,35 @@ FOR_EACH_CPU int64_t find_words(const std::vector<Lookup>& lookups, const Tiles&
     return kFine;
 }
 
-// out += the sums of words, of tiles `begin` to `end`. A tile is small enough for the cache of a core, and used for all rows before the next.
-FOR_EACH_CPU void add_words(const Tiles& tiles, const int32_t* words, int64_t words_of_row, int64_t num_rows, float* out, int64_t begin, int64_t end) {
-    for (int64_t column = kTile * begin; column < std::min(kTile * end, tiles.width); column += kTile) {
-        const float* tile = tiles.values + column * tiles.num_words;
-        if (num_rows * words_of_row > tiles.num_words) {
-            for (int64_t word = 0; word < tiles.num_words; ++word) __builtin_prefetch(tile + word * kTile, 0, 2);
+// out += the sums of words, of one tile and the rows `begin` to `end`. A tile is small enough for the cache of a core, and used for all rows before the next.
+FOR_EACH_CPU void add_words(const Tiles& tiles, int64_t number, const int32_t* words, int64_t words_of_row, float* out, int64_t begin, int64_t end) {
+    const int64_t column = kTile * number;
+    const float* tile = tiles.values + column * tiles.num_words;
+    if ((end - begin) * words_of_row > tiles.num_words) {
+        for (int64_t word = 0; word < tiles.num_words; ++word) __builtin_prefetch(tile + word * kTile, 0, 2);
+    }
+    for (int64_t row = begin; row < end; ++row) {
+        const int32_t* of_row = words + row * words_of_row;
+        float* values = out + row * tiles.width + column;
+        __builtin_prefetch(values + kRowsAhead * tiles.width, 1);
+        Eight low = {}, high = {};
+        int64_t word = 0;
+        for (; word + 4 <= words_of_row; word += 4) {
+            const float *first = tile + of_row[word] * kTile, *second = tile + of_row[word + 1] * kTile;
+            const float *third = tile + of_row[word + 2] * kTile, *fourth = tile + of_row[word + 3] * kTile;
+            low += (eight(first) + eight(second)) + (eight(third) + eight(fourth));
+            high += (eight(first + 8) + eight(second + 8)) + (eight(third + 8) + eight(fourth + 8));
         }
-        for (int64_t row = 0; row < num_rows; ++row) {
-            const int32_t* of_row = words + row * words_of_row;
-            float* values = out + row * tiles.width + column;
-            __builtin_prefetch(values + kRowsAhead * tiles.width, 1);
-            Eight low = {}, high = {};
-            int64_t word = 0;
-            for (; word + 4 <= words_of_row; word += 4) {
-                const float *first = tile + of_row[word] * kTile, *second = tile + of_row[word + 1] * kTile;
-                const float *third = tile + of_row[word + 2] * kTile, *fourth = tile + of_row[word + 3] * kTile;
-                low += (eight(first) + eight(second)) + (eight(third) + eight(fourth));
-                high += (eight(first + 8) + eight(second + 8)) + (eight(third + 8) + eight(fourth + 8));
-            }
-            for (; word < words_of_row; ++word) {
-                low += eight(tile + of_row[word] * kTile);
-                high += eight(tile + of_row[word] * kTile + 8);
-            }
-            if (column + kTile <= tiles.width) {
-                eight(values) += low;
-                eight(values + 8) += high;
-            } else {
-                const Eight sums[2] = {low, high};
-                for (int64_t place = 0; place < tiles.width - column; ++place) values[place] += sums[place / 8][place % 8];
-            }
+        for (; word < words_of_row; ++word) {
+            low += eight(tile + of_row[word] * kTile);
+            high += eight(tile + of_row[word] * kTile + 8);
+        }
+        if (column + kTile <= tiles.width) {
+            eight(values) += low;
+            eight(values + 8) += high;
+        } else {
+            const Eight sums[2] = {low, high};
+            for (int64_t place = 0; place < tiles.width - column; ++place) values[place] += sums[place / 8][place % 8];
         }
     }
 }
@@ -737,8 +736,12 @@ int64_t add_sums(const std::vector<Lookup>& lookups, const Tiles& tiles, int64_t
             if (found != kFine) bad = found;
         });
         if (bad != kFine) break;
-        share(num_tiles, std::min(useful, num_tiles), [&](int64_t begin, int64_t end) {
-            add_words(tiles, words.get(), words_of_row, num_rows, out + first * tiles.width, begin, end);
+        const int64_t parts = std::min((useful + num_tiles - 1) / num_tiles, num_rows);  // of the rows, where there are more threads than tiles
+        share(num_tiles * parts, std::min(useful, num_tiles * parts), [&](int64_t begin, int64_t end) {
+            for (int64_t piece = begin; piece < end; ++piece) {
+                const int64_t part = piece % parts;
+                add_words(tiles, piece / parts, words.get(), words_of_row, out + first * tiles.width, num_rows * part / parts, num_rows * (part + 1) / parts);
+            }
         });
     }
     return bad;
