@@ -1,6 +1,6 @@
 """Look-ups in compressed tables against `torch.nn.functional.embedding` on the float32 table.
 
-`python benchmarks/speed/lookup.py` measures all; `python benchmarks/speed/lookup.py large small one_row deepfm` some. Needs 8 GB of memory.
+`python benchmarks/speed/lookup.py` measures all; `python benchmarks/speed/lookup.py large small limit one_row deepfm` some. Needs 8 GB of memory.
 Codes are random, which takes the kernel as long as any others; the levels of VRQ end as those of fitted tables do, fewer and fewer rows having more.
 """
 
@@ -29,6 +29,7 @@ BATCH = 65_536
 COLUMNS = 64
 BATCHES = 16  # different ones, so that no cache learns them
 _BOOKS = {"pq": PQ(num_subspaces=4), "rq": RQ(num_levels=5), "rq_bytes": RQ(num_levels=5, word_bits=8)}
+_LARGE_ROWS, _LARGE = 20_000_000, {**_BOOKS, "vrq": VRQ(codes_per_1000_rows=6800, num_levels=16)}
 _WORDS = "a word of a code book is read for each code of a row, from the second-level cache, where a float32 row is copied once"
 _PYTHON = "Python takes this time, once for each table, not the kernel; `lookup_one_row_of_26` is what it comes to in a model"
 _BESIDE = ("torch", "nn.Embedding", "dense part", "embedding after the other", "kernel after the other")  # shown where they were measured
@@ -40,7 +41,7 @@ _NOTES = {
 
 def main() -> None:
     """Run the parts that are named, or all."""
-    parts = {"large": large, "small": small, "one_row": one_row, "deepfm": deepfm}
+    parts = {"large": large, "small": small, "limit": limit, "one_row": one_row, "deepfm": deepfm}
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("parts", nargs="*", default=list(parts), metavar=f"{{{','.join(parts)}}}")
     arguments.add_argument("--threads", type=int, default=2)
@@ -55,14 +56,35 @@ def main() -> None:
 
 def large() -> None:
     """A table of 5 GB against about 50 times smaller ones."""
-    methods = {**_BOOKS, "vrq": VRQ(codes_per_1000_rows=6800, num_levels=16)}
-    _compare("lookup_large", 20_000_000, methods, bar=4, repeats=15)
+    _compare("lookup_large", _LARGE_ROWS, _LARGE, bar=4, repeats=15)
 
 
 def small() -> None:
     """A table that fits the cache."""
     methods = {**_BOOKS, "vrq": VRQ(codes_per_1000_rows=4000, num_levels=16), "int8": Scalar()}
     _compare("lookup_small", 10_000, methods, bar=1, repeats=30)
+
+
+def limit() -> None:
+    """How near look-ups in the table of 5 GB come to what memory allows: their answer has to be written, and float32 rows to be read."""
+    full = _full(_LARGE_ROWS)
+    part, copied = full[: _LARGE_ROWS // 5], torch.zeros(_LARGE_ROWS // 5, COLUMNS)
+    batches = [draw(_LARGE_ROWS, BATCH, seed=turn) for turn in range(BATCHES) for draw in (_uniform, _zipf)]
+    tables = {name: _table(method, _LARGE_ROWS) for name, method in _LARGE.items()}
+    readers = {"writing alone": lambda ids: torch.empty(len(ids), COLUMNS).fill_(1.0), "embedding": lambda ids: F.embedding(ids, full), **tables}
+    seconds = record.median_seconds({name: _each(read, batches) for name, read in readers.items()}, repeats=15)
+    memory = record.median_seconds({"read": part.sum, "copied": lambda: copied.copy_(part)}, repeats=9)
+    medians = {f"{name} ms for two batches": value / BATCHES * 1e3 for name, value in seconds.items()}
+    medians |= {"GB/s read in order": part.nbytes / memory["read"] / 1e9, "GB/s copied": part.nbytes / memory["copied"] / 1e9}
+    record.write(
+        "lookup_limit",
+        ratio=seconds["writing alone"] / seconds["pq"],
+        bar=None,
+        against="writing the answer of PQ alone, without a look-up",
+        medians=medians,
+        setting={"rows": _LARGE_ROWS, "columns": COLUMNS, "batch": BATCH, "threads": torch.get_num_threads()},
+        note="no look-up can take less than its writing does",
+    )
 
 
 def one_row() -> None:
