@@ -728,7 +728,7 @@ int64_t add_sums(const std::vector<Lookup>& lookups, const Tiles& tiles, int64_t
     const std::unique_ptr<int32_t[]> words(new int32_t[words_of_row * std::min(kRowsOfTile, num_ids)]);
     const int64_t num_tiles = (tiles.width + kTile - 1) / kTile;
     std::atomic<int64_t> bad{kFine};
-    for (int64_t first = 0; first < num_ids && bad == kFine; first += kRowsOfTile) {
+    for (int64_t first = 0; first < num_ids; first += kRowsOfTile) {
         const int64_t num_rows = std::min(kRowsOfTile, num_ids - first);
         const int64_t useful = std::clamp<int64_t>(num_rows * words_of_row * tiles.width / kValuesPerThread, 1, std::max<int64_t>(num_threads, 1));
         share(num_rows, std::min(useful, num_rows), [&](int64_t begin, int64_t end) {
