@@ -24,7 +24,7 @@ from leanrec.models.gdcn import GDCNP
 from leanrec.models.layers import FieldEmbedding
 from leanrec.ops import fused
 
-_WORD_COST = 8  # adding up a value takes as long as about so many products: 12 on a processor with AVX-512, fewer without
+_WORD_COST = 15  # adding up a value takes as long as so many products at most, on a processor with AVX-512: `merged_words` in docs/performance.md
 
 _MODELS = (DeepFM, DCNv2, GDCNP)
 
@@ -38,7 +38,7 @@ def merge(model: nn.Module, *, popular_rows: int = 4096) -> nn.Module:
     - The first dense layer of DeepFM, DCNv2 (not stacked) and GDCN-P is multiplied with the code books and axes of the tables. A layer of H
       outputs that takes the rows of a table of M code books of K words, side by side or summed, is then a sum of M vectors of H numbers
       instead of D x H products; one that takes rows of R coordinates is R x H products. The model takes M x K x H x 4 bytes of memory for
-      each field of such words. Fields of other tables, tables that gain nothing (M >= D / 8 or R + 1 >= D), lists and numbers are multiplied
+      each field of such words. Fields of other tables, tables that gain nothing (M >= D / 15 or R + 1 >= D), lists and numbers are multiplied
       as before, and so is everything where the layer is not an `nn.Linear`.
 
     The model can no longer be trained, and no longer be saved or compressed: do that before.

@@ -29,7 +29,7 @@ METHODS = [
 def made(method, schema, features, name="deepfm"):
     """A model whose tables are compressed, and what it answers."""
     torch.manual_seed(3)
-    model = build(name, schema, embedding_dim=32, hidden_units=[20, 6], embedding_std=0.7).eval()
+    model = build(name, schema, embedding_dim=48, hidden_units=[20, 6], embedding_std=0.7).eval()
     leanrec.compress(model, method)
     with torch.no_grad():
         return model, model(features)
@@ -180,7 +180,7 @@ def test_popular_rows_are_kept_and_the_others_read(popular_rows, schema, feature
     leanrec.merge(model, popular_rows=popular_rows)
     torch.testing.assert_close(model.embedding(features), before)
     sizes = [min(popular_rows, size) for size in (30, 20)]
-    assert model.embedding.nbytes == sum(sizes) * 32 * 4, "a table that two fields share is kept once"
+    assert model.embedding.nbytes == sum(sizes) * 48 * 4, "a table that two fields share is kept once"
     for table in model.embedding.tables.values():
         table.scales.zero_()
     after = model.embedding(features)

@@ -1,6 +1,6 @@
 """Look-ups in compressed tables against `torch.nn.functional.embedding` on the float32 table.
 
-`python benchmarks/speed/lookup.py` measures all; `python benchmarks/speed/lookup.py large small limit one_row deepfm` some. Needs 8 GB of memory.
+`python benchmarks/speed/lookup.py` measures all, with `large small limit words one_row deepfm` after it some. Needs 8 GB of memory.
 Codes are random, which takes the kernel as long as any others; the levels of VRQ end as those of fitted tables do, fewer and fewer rows having more.
 """
 
@@ -41,7 +41,7 @@ _NOTES = {
 
 def main() -> None:
     """Run the parts that are named, or all."""
-    parts = {"large": large, "small": small, "limit": limit, "one_row": one_row, "deepfm": deepfm}
+    parts = {"large": large, "small": small, "limit": limit, "words": words, "one_row": one_row, "deepfm": deepfm}
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("parts", nargs="*", default=list(parts), metavar=f"{{{','.join(parts)}}}")
     arguments.add_argument("--threads", type=int, default=2)
@@ -84,6 +84,29 @@ def limit() -> None:
         medians=medians,
         setting={"rows": _LARGE_ROWS, "columns": COLUMNS, "batch": BATCH, "threads": torch.get_num_threads()},
         note="no look-up can take less than its writing does",
+    )
+
+
+def words() -> None:
+    """Up to how many code books a table gains by a merged dense layer, which adds up words instead of multiplying rows."""
+    rows, columns, hidden, batch, num_tables = 100_000, 32, 256, 4096, 26
+    vectors, weight = torch.rand(batch, num_tables * columns), torch.rand(hidden, num_tables * columns)
+    ids = [_zipf(rows, batch, seed=number) for number in range(num_tables)]
+    jobs: dict[str, Callable[[], Any]] = {"F.linear": lambda: F.linear(vectors, weight)}
+    for num_books in (1, 2, 3, 4, 6):
+        method = RQ(num_levels=num_books)
+        codes = [torch.randint(256, (rows * num_books,), generator=_seeded(number)).to(torch.uint8) for number in range(num_tables)]
+        made = [fused.sums(each, torch.rand(num_books, method.num_centroids, hidden), 8, hidden) for each in codes]
+        sums = fused.Sums({place: fused.Read(each, rows, None) for place, each in enumerate(made)}, torch.zeros(hidden))
+        jobs[f"{num_books} books"] = lambda sums=sums: sums.add(ids, torch.zeros(batch, hidden))
+    seconds = record.median_seconds(jobs, repeats=41, warm_ups=4)
+    record.write(
+        "merged_words",
+        ratio=seconds["F.linear"] / seconds["2 books"],
+        bar=None,
+        against="`F.linear` with the vectors; ours with 2 code books, the most that `leanrec.merge` takes at D = 32",
+        medians={f"{name} ms": value * 1e3 for name, value in seconds.items()},
+        setting={"tables": num_tables, "rows": rows, "columns": columns, "outputs": hidden, "batch": batch, "threads": torch.get_num_threads()},
     )
 
 
