@@ -39,7 +39,7 @@ _REFINE_ROUNDS = 4
 _FIRST_SEARCH, _LAST_SEARCH = 512, 1024
 _MAX_BEAM = 16
 _NO_ERROR = 1e-5  # share of the error that is not worth another level
-_PRICES = 40  # sizes that a budget tries per number of centroids
+_PRICES = 40  # of a byte, at which a budget tries sizes for each number of centroids
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class VRQ(Method):
     def curve(
         self, chunks: Iterable[Tensor], num_embeddings: int, embedding_dim: int, *, counts: Tensor | None, sensitivity: Sensitivity | None
     ) -> list[tuple[Method, float]]:
-        """Measured on a fit of a sample of the rows for each number of centroids, with as many levels and codes as pay at each of many prices."""
+        """Measured on a fit of a sample of the rows for each number of centroids; see `_sizes`."""
         known = sensitivity if self.by_loss else None
         lens = _Lens.choose(known, embedding_dim)
         weights = known.rows if _is_known(known) else row_weights(counts, num_embeddings, power=self.weight_power)
@@ -412,7 +412,7 @@ class _Chain:
 
 
 def _sizes(method: VRQ, gains: Gains, num_embeddings: int, embedding_dim: int) -> list[tuple[Method, float]]:
-    """Settings with the numbers of levels and codes that pay at falling prices of a byte, each with the error that it leaves."""
+    """Settings with the codes that pay at falling prices of a byte, up to each number of levels, each with the error that it leaves."""
     bits = code_bits(min(method.num_centroids, num_embeddings))
     least = replace(method, num_levels=1, codes_per_1000_rows=1)
     found: list[tuple[Method, float]] = [(least, gains.error)]
@@ -420,14 +420,8 @@ def _sizes(method: VRQ, gains: Gains, num_embeddings: int, embedding_dim: int) -
     for step in range(_PRICES):
         price = highest * 2.0 ** (-step * 0.75 + 4)
         borders = [border for border in gains.borders(price * bits / 8) if border]
-        best: tuple[float, Method, float] | None = None
-        for num_levels in range(1, len(borders) + 1):
+        for num_levels in range(1, len(borders) + 1):  # fewer than pay leave sizes between those of two prices
             rate = max(1, -(-sum(borders[:num_levels]) * 1000 // num_embeddings))
             setting = replace(method, num_levels=num_levels, codes_per_1000_rows=min(rate, 1000 * num_levels))
-            lost = gains.left(borders[:num_levels])
-            cost = lost + price * setting.nbytes(num_embeddings, embedding_dim)
-            if best is None or cost < best[0]:
-                best = cost, setting, lost
-        if best is not None:
-            found.append(best[1:])
+            found.append((setting, gains.left(borders[:num_levels])))
     return found
