@@ -230,6 +230,25 @@ def test_gradients_reach_every_parameter(method):
 
 
 @promise
+def test_a_fitted_table_that_was_trained_on_answers_the_same_in_its_stored_form(method):
+    table, ids = deepcopy(fitted(method)), torch.arange(1, V)
+    shapes = {name: value.shape for name, value in table.state_dict().items()}
+    table.begin_tuning()
+    torch.testing.assert_close(table.eval()(ids), fitted(method)(ids), msg="it begins with what was fitted")
+    parameters = [parameter for parameter in table.parameters() if parameter.requires_grad]
+    if parameters:
+        optimizer = torch.optim.Adam(parameters, lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (table.train()(ids) - make_weight()[ids.flip(0)]).square().sum().backward()
+            optimizer.step()
+    before = table.eval()(ids).detach()
+    table.finish()
+    torch.testing.assert_close(table(ids).detach(), before)
+    assert {name: value.shape for name, value in table.state_dict().items()} == shapes and table.nbytes == method.nbytes(V, D)
+
+
+@promise
 def test_padding_row_is_zero_and_learns_nothing(method):
     table = deepcopy(fitted(method))
     rows_without = table.decode()

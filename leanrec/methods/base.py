@@ -224,6 +224,9 @@ class Table(nn.Module, ABC):
     def begin(self) -> None:
         """Called before training from scratch: a table that learns in another form than the stored one takes that form."""
 
+    def begin_tuning(self) -> None:
+        """Called before a fitted table is trained on: if it then learns in another form than the stored one, it takes that form."""
+
     def maintain(self, step: int) -> Iterable[tuple[nn.Parameter, Tensor]]:
         """Called after every training step: re-clustering, pruning, promotion; nothing where the method needs none or `begin` was not called.
 
@@ -233,7 +236,7 @@ class Table(nn.Module, ABC):
         return ()
 
     def finish(self) -> None:
-        """Called after training from scratch: the table takes its stored form, of the bytes announced, and answers as it did in evaluation."""
+        """Called after training of either kind: the table takes its stored form, of the bytes announced, and answers as it did in evaluation."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows for ids of any shape: (...) int -> (..., D). Final: methods write `lookup`, and `coded` where the kernel can do the same.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -23,7 +24,7 @@ from leanrec.ops.additive import beam_search
 from leanrec.ops.kmeans import ClusterMeans, kmeans, nearest, sample_rows
 from leanrec.ops.levels import Gains, even_borders
 from leanrec.ops.packing import pack, pack_at_, packed_nbytes, unpack_rows
-from leanrec.ops.rounding import dequantize, least_squares_scales, quantize
+from leanrec.ops.rounding import dequantize, fake_quantize, least_squares_scales, quantize
 from leanrec.ops.sampling import systematic_sample
 from leanrec.ops.sensitivity import Sensitivity
 from leanrec.ops.spread import Spread
@@ -141,6 +142,8 @@ class VRQTable(StreamingTable):
     """`mean`: (D,) float32, trainable. The rest is frozen: `packed_codes`: (ceil(C * bits / 8),) uint8, rank by rank, C codes in all;
     `borders`: (L,) int64, rows that have a code of each level; `packed_words`: (ceil(L * K * D / 2),) uint8 and `scales`: (L K, 1) float16.
 
+    Between `begin_tuning` and `finish` words are trained, rounded in every look-up: `words`: (L K, D) and `word_scales`: (L K, 1), both float32.
+
     Built without a fit, codes and code words are random.
     """
 
@@ -151,6 +154,8 @@ class VRQTable(StreamingTable):
     packed_words: Tensor
     scales: Tensor
     halves = ("scales",)
+    words: nn.Parameter | None
+    word_scales: nn.Parameter | None
 
     def __init__(self, method: VRQ, num_embeddings: int, embedding_dim: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__(method, num_embeddings, embedding_dim, generator=generator)
@@ -165,6 +170,8 @@ class VRQTable(StreamingTable):
         self.register_buffer("borders", torch.tensor(even_borders(num_embeddings, method.num_levels, num_codes)))
         self.register_buffer("packed_words", pack(torch.randint(2**WORD_BITS, (num_words, embedding_dim), generator=draws), WORD_BITS))
         self.register_buffer("scales", torch.full((num_words, 1), 0.01, dtype=torch.float16))
+        self.register_parameter("words", None)
+        self.register_parameter("word_scales", None)
 
     def weigh(self, sensitivity: Sensitivity) -> None:
         self.sensitivity = sensitivity if self.method.by_loss else None
@@ -221,10 +228,25 @@ class VRQTable(StreamingTable):
         places, present = self._places(self.order(ids))
         codes = unpack_rows(self.packed_codes, places.flatten(), 1, self.num_bits).view_as(places)
         first_words = torch.arange(0, len(self.scales), self.num_centroids, device=ids.device)
+        if self.words is not None:
+            return self.mean + F.embedding_bag(codes + first_words, self._rounded(), per_sample_weights=present.to(self.mean), mode="sum")
         words = self._words((codes + first_words).flatten()).view(*places.shape, self.embedding_dim)
         return self.mean + (words * present.unsqueeze(2)).sum(1)
 
+    def begin_tuning(self) -> None:
+        self.words = nn.Parameter(self._words(torch.arange(len(self.scales), device=self.scales.device)))
+        self.word_scales = nn.Parameter(self.scales.to(self.mean.dtype))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        if self.words is not None and self.word_scales is not None:
+            self.scales.copy_(self.word_scales.abs())
+            self.packed_words.copy_(pack(quantize(self.words, self.scales, WORD_BITS), WORD_BITS))
+            self.words = self.word_scales = None
+
     def coded(self) -> fused.Coded | None:
+        if self.words is not None:
+            return None
         return fused.levels(
             self.held("packed_codes"),
             self.num_bits,
@@ -253,6 +275,13 @@ class VRQTable(StreamingTable):
         """Code words by their numbers among those of all levels: (N,) int64 -> (N, D)."""
         levels = unpack_rows(self.packed_words, numbers, self.embedding_dim, WORD_BITS)
         return dequantize(levels, self.scales[numbers].to(self.mean.dtype), WORD_BITS)
+
+    def _rounded(self) -> Tensor:
+        """The words that are trained as they will be stored, with gradients as if they were not rounded: (L K, D)."""
+        assert self.words is not None and self.word_scales is not None
+        scales = self.word_scales.abs()
+        scales = scales + (scales.half().to(scales) - scales).detach()
+        return fake_quantize(self.words, scales, torch.full((1, 1), WORD_BITS, device=scales.device))
 
     def _choose(self, rows: Tensor, ranks: Tensor) -> Tensor:
         """Codes of (N, D) rows of (N,) ranks: (N, L) int64 on the CPU, 0 where a row has none."""

@@ -53,7 +53,7 @@ def train(
         validation: Validation rows.
         settings: How to train.
         checkpoint: File for the state of the run, or None.
-        from_scratch: Whether compressed tables are to learn all that they store, their codes too, and not only what has gradients.
+        from_scratch: Whether compressed tables are to learn all that they store, their codes too, or are fitted and learn what follows from codes.
         teacher: Of the same batches; its predictions are learned too.
         on_step: Called after every step.
 
@@ -66,10 +66,11 @@ def train(
     _check_labels(validation)
     if teacher is not None:
         teacher.model.eval()
-    tables = [module for module in model.modules() if isinstance(module, Table)] if from_scratch else []
-    observe(model, tables, loader)
+    tables = [module for module in model.modules() if isinstance(module, Table)]
+    if from_scratch:
+        observe(model, tables, loader)
     for table in tables:
-        table.begin()
+        (table.begin if from_scratch else table.begin_tuning)()
     state = State(model, settings)
     with torch.random.fork_rng(devices=[]), _l2_of_lookups(model, settings.l2) as l2:
         torch.manual_seed(settings.seed)

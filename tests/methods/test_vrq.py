@@ -98,6 +98,22 @@ def test_a_budget_for_a_single_table_is_used():
         assert 0.9 * sizes.full / ratio < sizes.plan(ratio=ratio)["0"].nbytes(20_000, 16) <= sizes.full / ratio
 
 
+def test_tuned_words_come_nearer_to_what_is_wanted_and_stay_as_small():
+    weight, counts = make_weight(2000, 16), make_counts(2000)
+    table = VRQ(codes_per_1000_rows=2000, num_levels=4, num_centroids=16).build(2000, 16).fit(weight, counts)
+    wanted, fitted, codes = weight.flip(1), table.decode(), table.packed_codes.clone()
+    table.begin_tuning()
+    optimizer = torch.optim.Adam(table.parameters(), lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (table(torch.arange(2000)) - wanted).square().mean().backward()
+        optimizer.step()
+    table.finish()
+    mean_alone = weighted_error(fitted - fitted.mean(0) + wanted.mean(0), wanted, torch.ones(2000))
+    assert weighted_error(table.decode().detach(), wanted, torch.ones(2000)) < 0.8 * mean_alone
+    assert torch.equal(table.packed_codes, codes) and table.nbytes == table.method.nbytes(2000, 16)
+
+
 def test_a_sample_of_the_rows_is_enough(monkeypatch):
     weight, counts, method = make_weight(30_000, 8), make_counts(30_000), VRQ(codes_per_1000_rows=1500, num_centroids=32)
     whole = method.build(30_000, 8).fit(weight, counts)
