@@ -66,8 +66,9 @@ class RoundedTable(Table):
         return rows + ((rows * self.method.steps).round() / self.method.steps - rows).detach()
 
     def finish(self):
-        self.stored.copy_((self.weight * self.method.steps).round())
-        self.weight = None
+        if self.weight is not None:
+            self.stored.copy_((self.weight * self.method.steps).round())
+            self.weight = None
 
 
 @pytest.fixture(autouse=True)
