@@ -12,7 +12,7 @@ from leanrec.evaluate import evaluate_run
 from leanrec.methods import PQ
 from leanrec.recommender import compress_tables, open_run, predict, table_counts
 from leanrec.report import report
-from leanrec.train import TrainSettings, state, train_run
+from leanrec.train import TrainSettings, state, train_recommender, train_run
 from leanrec.tune import TUNING, compress_run
 
 MODEL = {"embedding_dim": 8, "hidden_units": [16]}
@@ -89,7 +89,8 @@ def test_counts_of_the_log_reach_the_fit(base):
     assert weighted.rows[user].error < unweighted.rows[user].error
 
 
-def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(base, tmp_path):
+@pytest.mark.parametrize("method", ["PQ(num_subspaces=2, num_centroids=16)", "VRQ(codes_per_1000_rows=1000, num_levels=2)"])
+def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(method, base, tmp_path):
     class Killed(Exception):
         pass
 
@@ -97,8 +98,7 @@ def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(base, tmp_path):
         if progress.step == 3:
             raise Killed
 
-    method, tables = "PQ(num_subspaces=2, num_centroids=16)", []
-    settings = replace(SHORT, checkpoint_steps=2)
+    tables, settings = [], replace(SHORT, checkpoint_steps=2)
     undisturbed = compress_run(base, tmp_path / "undisturbed", method=method, tuning=settings)
     with pytest.raises(Killed):
         compress_run(base, tmp_path / "small", method=method, tuning=settings, on_step=kill)
@@ -115,6 +115,17 @@ def test_a_run_killed_in_tuning_goes_on_from_the_fitted_model(base, tmp_path):
     assert tables == []
     assert steps[0] == 3
     assert record["tuning"] == undisturbed["tuning"]
+
+
+def test_tuning_moves_the_code_words_of_vrq_and_leaves_its_codes(base):
+    found = open_run(base)
+    compress_tables(found, "VRQ(codes_per_1000_rows=1000, num_levels=2, num_centroids=4)")
+    before = {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
+    train_recommender(found, replace(SHORT, learning_rate=0.05, keep_initial=False))
+    after = found.model.state_dict()
+    moved = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert {"packed_words", "scales", "mean"} <= moved and not {"packed_codes", "borders"} & moved
 
 
 def test_all_that_takes_long_before_the_tuning_is_told(base, tmp_path):

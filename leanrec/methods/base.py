@@ -236,7 +236,7 @@ class Table(nn.Module, ABC):
         return ()
 
     def finish(self) -> None:
-        """Called after training of either kind: a table that has it not takes its stored form, of the bytes announced; answers are those of evaluation."""
+        """Called after training of either kind: the table takes its stored form, of the bytes announced, if it had another, and answers as before."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows for ids of any shape: (...) int -> (..., D). Final: methods write `lookup`, and `coded` where the kernel can do the same.
