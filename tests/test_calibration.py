@@ -86,7 +86,7 @@ def test_a_table_that_learned_what_is_not_so_is_cheap(model, found):
         assert factors[learned] < 0.25 * factors[useful]
 
 
-@pytest.mark.parametrize(("useful", "learned", "ratio"), [("row", "bag", 12), ("bag", "row", 6)])
+@pytest.mark.parametrize(("useful", "learned", "ratio"), [("row", "bag", 24), ("bag", "row", 20)])  # less compressed, nothing is lost that shows
 def test_a_budget_goes_where_it_pays_on_held_out_rows(model, found, useful, learned, ratio):
     inputs = draw(2)
     batches = [(inputs, clicks(model, inputs, without=learned))]
