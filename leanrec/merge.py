@@ -24,7 +24,7 @@ from leanrec.models.gdcn import GDCNP
 from leanrec.models.layers import FieldEmbedding
 from leanrec.ops import fused
 
-_WORD_COST = 15  # adding up a value takes as long as so many products at most, on a processor with AVX-512: `merged_words` in docs/performance.md
+_WORD_COST = 15  # adding up a value takes as long as about so many products, on a processor with AVX-512: `merged_words` in docs/performance.md
 
 _MODELS = (DeepFM, DCNv2, GDCNP)
 

@@ -86,8 +86,9 @@ def test_a_table_that_learned_what_is_not_so_is_cheap(model, found):
         assert factors[learned] < 0.25 * factors[useful]
 
 
-@pytest.mark.parametrize(("useful", "learned", "ratio"), [("row", "bag", 24), ("bag", "row", 20)])  # less compressed, nothing is lost that shows
+@pytest.mark.parametrize(("useful", "learned", "ratio"), [("row", "bag", 16), ("row", "bag", 24), ("bag", "row", 20)])
 def test_a_budget_goes_where_it_pays_on_held_out_rows(model, found, useful, learned, ratio):
+    """At ratios at which rows shrink; where next to nothing is lost, it is chance whether what is left of a useless row is for or against."""
     inputs = draw(2)
     batches = [(inputs, clicks(model, inputs, without=learned))]
     before, after = (

@@ -94,9 +94,8 @@ def words() -> None:
     ids = [_zipf(rows, batch, seed=number) for number in range(num_tables)]
     jobs: dict[str, Callable[[], Any]] = {"F.linear": lambda: F.linear(vectors, weight)}
     for num_books in (1, 2, 3, 4, 6):
-        method = RQ(num_levels=num_books)
         codes = [torch.randint(256, (rows * num_books,), generator=_seeded(number)).to(torch.uint8) for number in range(num_tables)]
-        made = [fused.sums(each, torch.rand(num_books, method.num_centroids, hidden), 8, hidden) for each in codes]
+        made = [fused.sums(each, torch.rand(num_books, 256, hidden), 8, hidden) for each in codes]
         sums = fused.Sums({place: fused.Read(each, rows, None) for place, each in enumerate(made)}, torch.zeros(hidden))
         jobs[f"{num_books} books"] = lambda sums=sums: sums.add(ids, torch.zeros(batch, hidden))
     seconds = record.median_seconds(jobs, repeats=41, warm_ups=4)

@@ -83,12 +83,13 @@ def test_a_curve_foresees_the_error_of_a_fit_in_units_of_the_loss():
     curve = VRQ().curve(weight.split(700), 3000, 8, counts=counts, sensitivity=sensitivity)
     assert len({setting.nbytes(3000, 8) for setting, _ in curve}) > 30
     most = max(expected for _, expected in curve)
-    for setting, expected in curve[5::50]:
+    for setting, expected in curve[5::25]:
         table = setting.build(3000, 8)
         table.weigh(sensitivity)
         found = expected_rise(sensitivity, table.fit(weight, counts).decode().detach() - weight)
         assert found < 1.6 * expected, setting
-        assert expected < 1.6 * found or expected < 0.1 * most, setting  # codes chosen together do better still where little is left
+        is_close = setting.num_centroids == 256 or expected > 0.01 * most  # small books gain by codes chosen together
+        assert expected < (1.6 if is_close else 8) * found, setting
 
 
 def test_a_budget_for_a_single_table_is_used():
