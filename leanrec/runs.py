@@ -215,9 +215,15 @@ def _check_disposable(partial: Path, command: str, settings: Mapping[str, Any], 
         )
 
 
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    changed = sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key))
-    return ", ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in changed)
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> str:
+    parts = []
+    for key in sorted(key for key in now.keys() | there.keys() if now.get(key) != there.get(key)):
+        old, new = there.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts.append(_differences(old, new, f"{within}{key}."))
+        else:
+            parts.append(f"{within}{key}: {old!r} there, {new!r} now")
+    return ", ".join(parts)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

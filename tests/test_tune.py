@@ -146,6 +146,12 @@ def test_a_finished_compression_is_not_repeated(base, tmp_path):
     assert tables == []
 
 
+def test_settings_that_differ_are_named_one_by_one(base, tmp_path):
+    compress_run(base, tmp_path / "small", method="Scalar()", tuning=SHORT)
+    with pytest.raises(ValueError, match=r"with other settings .tuning.batch_size: 500 there, 250 now, tuning.epochs: 1 there, 2 now.\. Choose"):
+        compress_run(base, tmp_path / "small", method="Scalar()", tuning=replace(SHORT, epochs=2, batch_size=250))
+
+
 def test_a_compressed_run_gives_its_tables_to_another_model_with_the_codes_frozen(small_log, base, tmp_path):
     compress_run(base, tmp_path / "small", method="MEC(num_subspaces=2, num_centroids=16, num_steps=20)", tuning=None)
     train_run(
