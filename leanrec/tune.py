@@ -27,6 +27,9 @@ DENSE_BATCHES = 16  # of PREDICT_BATCH rows: a hundred and more rows for each ou
 TUNING = TrainSettings(epochs=2, learning_rate=1e-4, evaluations_per_epoch=4, patience=4, keep_initial=True)
 """Careful by default: small steps, looked at often, and the model stays as it was unless validation prefers the tuned one."""
 
+TEACHER_SHARE = 0.5
+"""What the model before compression has to say in the fine-tuning: it holds back the over-fitting, which shows in the log loss first."""
+
 
 def compress_run(
     run: Path,
@@ -38,7 +41,7 @@ def compress_run(
     max_auc_drop: float | None = None,
     dense_ratio: float | None = None,
     tuning: TrainSettings | None = TUNING,
-    teacher_share: float = 0.0,
+    teacher_share: float = TEACHER_SHARE,
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
     on_work: Work | None = None,
@@ -59,7 +62,8 @@ def compress_run(
         dense_ratio: Bytes of all linear layers before / after, by `compress_dense` on rows of the training split once the tables are
             compressed; None leaves the layers as they are.
         tuning: How to fine-tune with the click loss.
-        teacher_share: Share that what the model of `run` predicts has in the labels of the fine-tuning, 0 to 1; the clicks have the rest.
+        teacher_share: Share that what the model of `run` predicts has in the labels of the fine-tuning, 0 to 1; the clicks have the
+            rest. It costs a look at the whole model before compression for every batch; 0 leaves it out.
         seed: Source of the random draws of fit and tuning.
         on_trial: Called with every size that the search for `max_auc_drop` tries.
         on_work: Called with (what is done, how much of it, of how much) as tables are measured, weighed for the budget and fitted.
@@ -77,13 +81,11 @@ def compress_run(
         "max_auc_drop": max_auc_drop,
         "dense_ratio": dense_ratio,
         "tuning": tuning and asdict(tuning),
-        "teacher_share": teacher_share,
+        "teacher_share": tuning and teacher_share,
         "seed": seed,
     }
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share={teacher_share} must be from 0 to 1.")
-    if teacher_share and tuning is None:
-        raise ValueError(f"teacher_share={teacher_share} is for the fine-tuning, and there is none: tune for an epoch or more, or leave it out.")
     if max_auc_drop is not None:
         _check_search(method, ratio, nbytes, max_auc_drop)
     if runs.is_finished(out, command="compress", settings=arguments):

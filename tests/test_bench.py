@@ -116,7 +116,7 @@ def test_smaller_models_of_earlier_results_are_not_taken_for_the_method_of_that_
     assert read_results(tmp_path) == [{"run": {"family": "Smaller", "method": "Full()", "embedding_dim": 4}}, method]
 
 
-def test_the_full_model_teaches_where_the_experiment_says(suite, tmp_path, monkeypatch):
+def test_the_full_model_teaches_unless_the_experiment_says_otherwise(suite, tmp_path, monkeypatch):
     teachers = []
 
     def spy(recommender, settings, *, teacher=None, **others):
@@ -125,7 +125,7 @@ def test_the_full_model_teaches_where_the_experiment_says(suite, tmp_path, monke
 
     monkeypatch.setattr(leanrec.bench.run, "train_recommender", spy)
     (tmp_path / "tiny").mkdir()
-    for name, share in (("taught", "teacher_share = 0.5\n"), ("alone", "")):
+    for name, share in (("taught", ""), ("alone", "teacher_share = 0.0\n")):
         toml = tmp_path / "tiny" / f"{name}.toml"
         toml.write_text(f'dataset = "small"\nseeds = [0]\nsettings = ["PQ()"]\n[train]\nepochs = 1\n[tuning]\nepochs = 1\n{share}')
         bench([toml], logs=suite / "logs", results=tmp_path / "results", work=suite / "work")

@@ -21,7 +21,7 @@ from leanrec.cli.values import methods_from, settings_from, shape_from
 from leanrec.data.prepare import prepare
 from leanrec.methods import METHODS
 from leanrec.train import Progress, TrainSettings
-from leanrec.tune import TUNING
+from leanrec.tune import TEACHER_SHARE, TUNING
 
 COMMANDS = {command.callback.__name__: command for command in app.registered_commands}
 PROJECT = Path(__file__).parents[1]
@@ -98,6 +98,7 @@ def test_tuning_options_name_the_defaults_of_the_library(capsys):
     text = " ".join(_done(capsys, "compress", "--help").split())
     assert f"0 for none. [default: {TUNING.epochs}]" in text
     assert f"Of the fine-tuning. [default: {TUNING.learning_rate}]" in text
+    assert f"have in its labels. [default: {TEACHER_SHARE}]" in text
 
 
 def test_setting_is_a_literal_or_a_word():
@@ -285,9 +286,15 @@ def test_compress_without_epochs_of_tuning_does_not_tune(passed):
         "max_auc_drop": None,
         "dense_ratio": None,
         "tuning": None,
-        "teacher_share": 0.0,
+        "teacher_share": TEACHER_SHARE,
         "seed": 0,
     }
+
+
+def test_settings_of_a_fine_tuning_that_is_left_out_are_refused(capsys):
+    for option in ("--tune-learning-rate 0.1", "--tune-teacher-share 0.3"):
+        assert run(f"compress base --out run --tune-epochs 0 {option}".split()) == 2
+        assert "--tune-epochs 0 is no fine-tuning" in " ".join(capsys.readouterr().err.split())
 
 
 def test_evaluate_passes_every_option_on(passed):

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -19,8 +20,7 @@ from leanrec.data.loader import Loader
 from leanrec.methods import PQ
 from leanrec.ops.metrics import auc
 from leanrec.recommender import build, open_run, predict
-from leanrec.train import RowAdam, Teacher, TrainSettings, train, train_recommender, train_run
-from leanrec.train.state import State
+from leanrec.train import RowAdam, Teacher, TrainSettings, state, train, train_recommender, train_run
 from leanrec.tune import compress_run
 
 FAST = TrainSettings(epochs=4, batch_size=256, learning_rate=3e-3, table_learning_rate=3e-2, patience=4)
@@ -86,10 +86,10 @@ def test_row_adagrad_keeps_one_number_per_row():
 
 def test_adagrad_is_for_the_tables_alone(small_log):
     recommender = build(small_log, "deepfm", MODEL, seed=0)
-    state = State(recommender.model, TrainSettings(table_optimizer="adagrad"))
+    optimizer = state.State(recommender.model, TrainSettings(table_optimizer="adagrad")).optimizer
     tables = {parameter for path, parameter in recommender.model.named_parameters() if "tables" in path}
     assert tables
-    for group in state.optimizer.param_groups:
+    for group in optimizer.param_groups:
         assert all((parameter in tables) == group.get("row_adagrad", False) for parameter in group["params"])
 
 
@@ -142,6 +142,33 @@ def test_tuning_never_ends_below_where_it_began(small_log):
     progress = train_recommender(recommender, harmful)
     assert len(progress.history) == 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in recommender.model.state_dict().items())
+
+
+def test_tuning_that_went_too_far_is_taken_back_part_of_the_way_and_goes_on_from_where_it_was(small_log, monkeypatch):
+    """Of the first evaluation a quarter of the way is taken, of the second all of it. A log loss higher by a thousandth is no reason against it."""
+    start = build(small_log, "deepfm", MODEL, seed=0)
+    train_recommender(start, FAST)
+    settings = TrainSettings(epochs=1, batch_size=256, learning_rate=1e-2, evaluations_per_epoch=2)
+
+    def tuned(qualities, **changed):
+        """The history of a tuning whose evaluations have these AUCs and log losses, and the model's weights afterwards."""
+        recommender = copy.deepcopy(start)
+        aucs, losses = iter([auc for auc, _ in qualities]), iter([loss for _, loss in qualities])
+        monkeypatch.setattr(state, "auc", lambda labels, logits: next(aucs))
+        monkeypatch.setattr(state, "log_loss", lambda labels, logits: next(losses))
+        progress = train_recommender(recommender, replace(settings, **changed))
+        assert next(aucs, None) is None
+        return progress.history, recommender.model.state_dict()
+
+    before, (_, half), (_, whole) = start.model.state_dict(), tuned([(0.9, 0.5), (0.8, 0.5)]), tuned([(0.8, 0.5), (0.9, 0.5)])
+    first = [(0.7, 0.5), (0.9, 0.5006), (0.6, 0.4), (0.8, 0.5004)]
+    history, kept = tuned([*first, (0.8, 0.4), (0.7, 0.4), (0.8, 0.5)], keep_initial=True)
+    assert [(entry["auc"], entry["logloss"], entry.get("share")) for entry in history] == [(0.7, 0.5, None), (0.8, 0.5004, 0.25), (0.8, 0.4, None)]
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * half[name])
+    history, kept = tuned([*first, (0.9, 0.4)], keep_initial=True)
+    assert [entry.get("share") for entry in history] == [None, 0.25, None]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
 
 
 def test_a_teacher_has_its_share_in_the_labels(small_log):

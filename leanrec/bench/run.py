@@ -28,7 +28,7 @@ from leanrec.ops.metrics import auc, calibration_ratio, log_loss
 from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress_tables, open_run, predict
 from leanrec.report import report
 from leanrec.train import Teacher, TrainSettings, train_recommender, train_run
-from leanrec.tune import TUNING, compress_layers
+from leanrec.tune import TEACHER_SHARE, TUNING, compress_layers
 
 SPEED_BATCH = 4096
 
@@ -181,7 +181,7 @@ def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str
     fitted, history = time.perf_counter(), []
     if experiment.tuning is not False:
         differences = {} if experiment.tuning is True else dict(experiment.tuning)
-        share = differences.pop("teacher_share", 0.0)
+        share = differences.pop("teacher_share", TEACHER_SHARE)
         teacher = Teacher(open_run(base).model, share) if share else None
         history = train_recommender(recommender, replace(TUNING, seed=cell.seed, **differences), teacher=teacher).history
     seconds = {"pretrain": runs.load(base)["seconds"], "fit": round(fitted - start, 3), "tune": round(time.perf_counter() - fitted, 3)}

@@ -261,7 +261,7 @@ def compress(
     tune_learning_rate: Annotated[float | None, typer.Option(metavar="NUMBER", help="Of the fine-tuning.  [default: 0.0001]")] = None,
     tune_teacher_share: Annotated[
         float | None,
-        typer.Option(metavar="NUMBER", help="Share that predictions of the model before compression have in its labels, such as 0.5.  [default: 0]"),
+        typer.Option(metavar="NUMBER", help="Share that predictions of the model before compression have in its labels.  [default: 0.5]"),
     ] = None,
     tensor: Annotated[str | None, typer.Option(metavar="NAME", help="Of a table in a file: the tensor or column, where there are several.")] = None,
     counts: Annotated[
@@ -285,8 +285,10 @@ def compress(
         raise typer.BadParameter(f"{run} is a run, which has its own counts: --tensor and --counts go with a table in a file.")
     from leanrec import runs
     from leanrec.recommender import open_run
-    from leanrec.tune import TUNING, compress_run, size_report
+    from leanrec.tune import TEACHER_SHARE, TUNING, compress_run, size_report
 
+    if tune_epochs == 0 and (tune_learning_rate is not None or tune_teacher_share is not None):
+        raise typer.BadParameter("--tune-epochs 0 is no fine-tuning: leave --tune-learning-rate and --tune-teacher-share out.")
     _use_threads(threads)
     epochs = TUNING.epochs if tune_epochs is None else tune_epochs
     learning_rate = TUNING.learning_rate if tune_learning_rate is None else tune_learning_rate
@@ -301,7 +303,7 @@ def compress(
             max_auc_drop=max_auc_drop,
             dense_ratio=dense_ratio,
             tuning=tuning,
-            teacher_share=tune_teacher_share or 0.0,
+            teacher_share=TEACHER_SHARE if tune_teacher_share is None else tune_teacher_share,
             seed=seed,
             on_trial=lambda trial: shown.line(_trial(trial, max_auc_drop)),
             on_work=shown.work,

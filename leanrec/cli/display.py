@@ -114,7 +114,8 @@ def _evaluation(entry: dict[str, float]) -> str:
     quality = f"validation AUC {entry['auc']:.5f}, log loss {entry['logloss']:.5f}"
     if not entry["step"]:
         return f"before tuning: {quality}"
-    return f"epoch {entry['epoch'] + 1}, step {entry['step']:,}: training loss {entry['loss']:.5f}, {quality}"
+    way = f", {entry['share']:g} of the way" if "share" in entry else ""
+    return f"epoch {entry['epoch'] + 1}, step {entry['step']:,}: training loss {entry['loss']:.5f}, {quality}{way}"
 
 
 def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]], *, title: str | None = None) -> None:

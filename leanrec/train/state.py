@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from leanrec.recommender import predict
 from leanrec.train.row_adam import RowAdam
 from leanrec.train.settings import TrainSettings
 
+SHARES = (0.5, 0.25)
+"""How much of the way from the best weights is tried where all of it was too much."""
+
+MOST_LOG_LOSS = 1.001
+"""How many times the log loss before tuning the one after it may be, for a higher AUC."""
+
 
 @dataclass
 class Progress:
-    """Where training stands; `history` has one entry per evaluation: epoch, step, loss, auc, logloss."""
+    """Where training stands; `history` has one entry per evaluation: epoch, step, loss, auc, logloss; share, if part of the way is kept."""
 
     epoch: int = 0
     batch: int = 0
@@ -42,25 +49,52 @@ class State:
         self.best: dict[str, Tensor] = {}
 
     def evaluate(self, validation: Loader) -> None:
-        """Take the validation AUC; remember the weights if it is the best so far, and tuning did not raise the log loss for it."""
-        progress = self.progress
-        labels, logits = predict(self.model, validation)
-        value = auc(labels, logits)
-        loss = progress.loss_sum / max(progress.loss_steps, 1)
-        progress.history.append({"epoch": progress.epoch, "step": progress.step, "loss": loss, "auc": value, "logloss": log_loss(labels, logits)})
-        progress.loss_sum, progress.loss_steps = 0.0, 0
-        if value > progress.best_auc and not self._costs_log_loss():
-            progress.best_auc, progress.failures = value, 0
-            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-            return
-        progress.failures += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] *= self.settings.learning_rate_decay
+        """Take the validation AUC; remember the weights if it is the best so far, and tuning did not raise the log loss for it.
 
-    def _costs_log_loss(self) -> bool:
+        Where tuning went too far, points on the way from the best weights so far are tried as well, for weights of one model before and after a
+        fine-tuning mix well (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Training goes on from where it was.
+        """
+        progress = self.progress
+        loss = progress.loss_sum / max(progress.loss_steps, 1)
+        entry = {"epoch": progress.epoch, "step": progress.step, "loss": loss, **_quality(self.model, validation)}
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        is_kept = self._keep_if_best(entry)
+        if not is_kept and self.settings.keep_initial:
+            is_kept = self._keep_if_best_on_the_way(entry, validation)
+        progress.history.append(entry)
+        if not is_kept:
+            progress.failures += 1
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.settings.learning_rate_decay
+
+    def _keep_if_best(self, entry: Mapping[str, float]) -> bool:
+        progress = self.progress
+        if entry["auc"] <= progress.best_auc or self._costs_log_loss(entry):
+            return False
+        progress.best_auc, progress.failures = entry["auc"], 0
+        self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return True
+
+    def _costs_log_loss(self, entry: Mapping[str, float]) -> bool:
         """Whether the log loss is higher than before the first step, where that was a candidate: a better ranking must not be paid so."""
-        first, last = self.progress.history[0], self.progress.history[-1]
-        return self.settings.keep_initial and last["logloss"] > first["logloss"]
+        first = self.progress.history[0] if self.progress.history else entry
+        return self.settings.keep_initial and entry["logloss"] > MOST_LOG_LOSS * first["logloss"]
+
+    @torch.no_grad()
+    def _keep_if_best_on_the_way(self, entry: dict[str, float], validation: Loader) -> bool:
+        """Try weights between the best and the present ones; write what is kept into `entry`, with its share of the way."""
+        present = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        is_kept = False
+        for share in SHARES:
+            for name, tensor in self.model.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.copy_(torch.lerp(self.best[name], present[name], share))
+            mixed = {**entry, **_quality(self.model, validation), "share": share}
+            if is_kept := self._keep_if_best(mixed):
+                entry.update(mixed)
+                break
+        self.model.load_state_dict(present)
+        return is_kept
 
     def save(self, path: Path) -> None:
         """Write the checkpoint: at once and whole, no pickle."""
@@ -91,6 +125,11 @@ class State:
             group["lr"] = rate
         self.optimizer.load_state_dict(optimizer)
         torch.set_rng_state(tensors["random"])
+
+
+def _quality(model: nn.Module, validation: Loader) -> dict[str, float]:
+    labels, logits = predict(model, validation)
+    return {"auc": auc(labels, logits), "logloss": log_loss(labels, logits)}
 
 
 def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
