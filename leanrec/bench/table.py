@@ -14,6 +14,7 @@ from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
 from leanrec.bench.run import opponent, read_suites
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
+from leanrec.tune import TEACHER_SHARE
 
 Result = Mapping[str, Any]
 
@@ -32,7 +33,8 @@ fails when this page is not what they say. To repeat a suite: `leanrec bench ben
   trainings (one that several results start from counts once), fits, tunings and predictions. **look-ups**: ids that the
   tables answer per second in batches of 4,096 rows, and relative to the full tables in the same process; † where torch read the codes, without
   the look-up kernel and several times slower ([docs/performance.md](../docs/performance.md)). Settings are chosen on validation
-  data; the test split is read once per run. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in few bits, rare rows
+  data; the test split is read once per run. **teacher's share**: of what the full model predicts in the labels of the fine-tuning; clicks have
+  the rest. **plain**: bytes of the smallest plain tables (full, of smaller dimension, in few bits, rare rows
   dropped) of the same log, backbone and seed, in any suite, whose AUC is as high: what the method has to beat. none: no plain model is as good.
 """
 
@@ -74,7 +76,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
     title = f"### {run['experiment']}: {run['backbone']} on {run['dataset']}\n"
     about = (
         f"Embedding dimension {full[0]['run']['embedding_dim']}; tables {full[0]['size']['tables_full']:,} bytes, vocabulary "
-        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
+        f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seed{'s' * (len(seeds) > 1)}; {_teacher(results)}"
         f"{results[0]['machine']}, {core_hours(results):.1f} hours of one core.\n"
     )
     columns = [
@@ -96,6 +98,13 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
     picture = _picture(suite, results)
     image = f"\n![AUC over bytes]({picture})\n" if (folder / picture).exists() else ""
     return "\n".join([title, about, head, *(_row(group, known, num_seeds=len(seeds)) for group in groups), image])
+
+
+def _teacher(results: Sequence[Result]) -> str:
+    """What the full model has to say in the fine-tunings; nothing where there are none."""
+    tunings = [result["settings"]["tuning"] for result in results if result.get("tuning")]
+    shares = sorted({TEACHER_SHARE if tuning is True else tuning.get("teacher_share", TEACHER_SHARE) for tuning in tunings})
+    return f"teacher's share {' or '.join(f'{share:g}' for share in shares)}; " if shares else ""
 
 
 def _row(results: Sequence[Result], known: Sequence[Result], *, num_seeds: int) -> str:
