@@ -252,6 +252,32 @@ def test_a_row_with_fewer_seeds_than_its_table_says_so(suite, tmp_path):
     assert [row.split("|")[1].strip() for row in rows] == ["`PQ() at 20x`, 1 of 2 seeds"]
 
 
+def test_at_a_glance_the_default_method_stands_beside_the_full_model_and_the_best_of_the_others(suite, tmp_path):
+    folder = tmp_path / "results" / "tiny"
+    folder.mkdir(parents=True)
+    full = json.loads(next((suite / "results" / "tiny").glob("*-Full-d8-*seed0.json")).read_text())
+
+    def write(family, gain, *, ratio=None, width=1e-4, logloss=0.4, scratch=False):
+        for seed in (0, 1):
+            run = full["run"] | {"method": f"{family}()", "family": family, "ratio": ratio, "seed": seed, "from_scratch": scratch}
+            quality = full["quality"] | {"auc_diff": gain, "auc_diff_low": gain - width, "auc_diff_high": gain + width}
+            result = full | {"run": run, "quality": quality | {"logloss": logloss}}
+            (folder / f"{family}-{ratio}-{scratch}-{seed}.json").write_text(json.dumps(result))
+
+    write("Full", 0.0)
+    expected = {20: ("-0.0004", "+0.4%", "yes"), 40: ("-0.0006", "+0.0%", "no"), 80: ("+0.0000", "+0.6%", "no"), 160: ("+0.0010", "-1.0%", "no")}
+    for (ratio, (gain, logloss, _)), width in zip(expected.items(), (1e-4, 1e-4, 1e-4, 0.005), strict=True):
+        write("VRQ", float(gain), ratio=ratio, width=width, logloss=0.4 * (1 + float(logloss[:-1]) / 100))
+        write("PQ", -0.002, ratio=ratio)
+        write("RQ", -0.003, ratio=ratio)
+        write("CCE", 0.01, ratio=ratio, scratch=True)
+    write("VRQ", 0.0, ratio=320)
+    write("PQ", 0.0, ratio=320)
+    rows = [line.split(" | ") for line in readme(tmp_path).splitlines() if line.startswith("| tiny | ")]
+    assert [(row[6].split()[0], row[7], row[8]) for row in rows] == list(expected.values())
+    assert all(row[9].startswith("`PQ()` -0.0020 [") for row in rows)
+
+
 def test_look_ups_of_codes_without_the_kernel_are_marked(suite, tmp_path):
     (tmp_path / "results").mkdir()
     shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")

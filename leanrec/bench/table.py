@@ -12,13 +12,16 @@ import numpy as np
 
 from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
 from leanrec.bench.run import opponent, read_suites
-from leanrec.methods import parse
+from leanrec.methods import VRQ, parse
 from leanrec.ops.intervals import combine_seeds
 from leanrec.tune import TEACHER_SHARE
 
 Result = Mapping[str, Any]
 
 SHOWN_DROP = 0.03  # of AUC, in pictures
+
+DEFAULT = VRQ().short()  # of `leanrec compress`
+MOST_AUC, MOST_AUC_LOW, MOST_LOG_LOSS = 0.0005, 0.001, 0.005  # that may be lost where nothing is said to be
 
 HEADER = """# Benchmarks
 
@@ -50,6 +53,7 @@ def readme(folder: Path) -> str:
     """What `README.md` has to say."""
     parts, suites = [HEADER], read_suites(folder / "results")
     known = [result for results in suites.values() for result in results]
+    parts += _summary(suites)
     for suite, results in suites.items():
         parts += [
             f"## {suite}\n\n{core_hours(results):.1f} hours of one core.\n",
@@ -67,6 +71,46 @@ def write_plots(folder: Path) -> list[Path]:
     groups = [(suite, group) for suite, results in read_suites(folder / "results").items() for group in grouped(results, _experiment_key)]
     compared = [(suite, group) for suite, group in groups if len({result["run"]["family"] for result in group}) > 2]
     return [_plot(group, folder / _picture(suite, group)) for suite, group in compared]
+
+
+def _summary(suites: Mapping[str, Sequence[Result]]) -> list[str]:
+    """The default method at every size at which two others and more are compared with it."""
+    rows = []
+    for suite, results in suites.items():
+        for group in grouped(results, _experiment_key):
+            full = {result["run"]["seed"]: result for result in group if result["run"]["family"] == FULL}
+            sized = [result for result in group if result["run"]["ratio"] and result["run"]["seed"] in full and not _scratch(result)]
+            for cell in grouped(sized, lambda result: result["run"]["ratio"]):
+                methods = {parse(members[0]["run"]["method"]).short(): members for members in grouped(cell, _method_key)}
+                others = {name: members for name, members in methods.items() if members[0]["run"]["family"] != VRQ.__name__}
+                if DEFAULT in methods and len({members[0]["run"]["family"] for members in others.values()}) > 1:
+                    rows.append(_summary_row(suite, methods[DEFAULT], others, full))
+    head = "| suite | log | backbone | dimension | ratio | seeds | AUC difference [95%] | log loss | nothing lost | best other method |"
+    about = f"""The default method, `{DEFAULT}`, at every size at which two and more others that compress the same models are compared with it.
+**log loss**: relative to the full models. **nothing lost**: an AUC difference of {-MOST_AUC} or better, the end of its interval
+above {-MOST_AUC_LOW}, and a log loss not higher by more than {MOST_LOG_LOSS:.1%}.
+"""
+    return ["## At a glance\n", about, f"{head}\n{'|---' * 10}|", *rows, ""] if rows else []
+
+
+def _summary_row(suite: str, ours: Sequence[Result], others: Mapping[str, Sequence[Result]], full: Mapping[int, Result]) -> str:
+    run, (value, low, _) = ours[0]["run"], _interval(ours)
+    log_loss = mean(ours, "quality", "logloss") / mean([full[result["run"]["seed"]] for result in ours], "quality", "logloss") - 1
+    is_kept = value >= -MOST_AUC and low > -MOST_AUC_LOW and log_loss <= MOST_LOG_LOSS
+    name, best = max(others.items(), key=lambda other: _interval(other[1])[0])
+    cells = [
+        suite,
+        run["experiment"],
+        run["backbone"],
+        str(run["embedding_dim"]),
+        f"{mean(ours, 'size', 'tables_full') / mean(ours, 'size', 'tables'):.1f}",
+        str(len(ours)),
+        difference(ours),
+        f"{log_loss:+.1%}",
+        "yes" if is_kept else "no",
+        f"`{name}` {difference(best)}",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequence[Result]) -> str:

@@ -49,7 +49,7 @@ class State:
         self.best: dict[str, Tensor] = {}
 
     def evaluate(self, validation: Loader) -> None:
-        """Take the validation AUC; remember the weights if it is the best so far, and tuning did not raise the log loss for it.
+        """Take the validation AUC; remember the weights if it is the best so far, and tuning did not pay for it with the log loss.
 
         Where tuning went too far, points on the way from the best weights so far are tried as well, for weights of one model before and after a
         fine-tuning mix well (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Training goes on from where it was.
@@ -87,7 +87,7 @@ class State:
         is_kept = False
         for share in SHARES:
             for name, tensor in self.model.state_dict().items():
-                if tensor.is_floating_point():
+                if not torch.equal(self.best[name], present[name]) and tensor.is_floating_point():
                     tensor.copy_(torch.lerp(self.best[name], present[name], share))
             mixed = {**entry, **_quality(self.model, validation), "share": share}
             if is_kept := self._keep_if_best(mixed):
