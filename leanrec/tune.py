@@ -24,6 +24,9 @@ from leanrec.train.run import CHECKPOINT_FILE
 FITTED_FILE, TRIALS_FILE = "fitted.safetensors", "trials.json"
 DENSE_BATCHES = 16  # of PREDICT_BATCH rows: a hundred and more rows for each output of the widest usual layer
 
+METHOD = "VRQ()"
+"""What compresses, where nothing else is asked for."""
+
 TUNING = TrainSettings(epochs=2, learning_rate=1e-4, evaluations_per_epoch=4, patience=4, keep_initial=True)
 """Careful by default: small steps, looked at often, and the model stays as it was unless validation prefers the tuned one."""
 
@@ -35,13 +38,13 @@ def compress_run(
     run: Path,
     out: Path,
     *,
-    method: str | Mapping[str, str | None] = "VRQ()",
+    method: str | Mapping[str, str | None] = METHOD,
     ratio: float | None = None,
     nbytes: int | None = None,
     max_auc_drop: float | None = None,
     dense_ratio: float | None = None,
     tuning: TrainSettings | None = TUNING,
-    teacher_share: float = TEACHER_SHARE,
+    teacher_share: float | None = None,
     seed: int = 0,
     on_trial: Callable[[Trial], None] | None = None,
     on_work: Work | None = None,
@@ -63,7 +66,7 @@ def compress_run(
             compressed; None leaves the layers as they are.
         tuning: How to fine-tune with the click loss.
         teacher_share: Share that what the model of `run` predicts has in the labels of the fine-tuning, 0 to 1; the clicks have the
-            rest. It costs a look at the whole model before compression for every batch; 0 leaves it out.
+            rest. None: `TEACHER_SHARE`, where there is a fine-tuning. It costs a look at the whole model for every batch; 0 leaves it out.
         seed: Source of the random draws of fit and tuning.
         on_trial: Called with every size that the search for `max_auc_drop` tries.
         on_work: Called with (what is done, how much of it, of how much) as tables are measured, weighed for the budget and fitted.
@@ -72,6 +75,8 @@ def compress_run(
     Raises:
         ValueError: The run cannot be opened, a method does not fit, the budget is out of reach, or `out` holds something else.
     """
+    if teacher_share is None:
+        teacher_share = TEACHER_SHARE if tuning else 0.0
     arguments = {
         "run": run,
         "record": runs.identity(run),
@@ -81,11 +86,13 @@ def compress_run(
         "max_auc_drop": max_auc_drop,
         "dense_ratio": dense_ratio,
         "tuning": tuning and asdict(tuning),
-        "teacher_share": tuning and teacher_share,
+        "teacher_share": teacher_share,
         "seed": seed,
     }
     if not 0 <= teacher_share <= 1:
         raise ValueError(f"teacher_share={teacher_share} must be from 0 to 1.")
+    if teacher_share and tuning is None:
+        raise ValueError(f"teacher_share={teacher_share} is for the fine-tuning, and there is none: tune for an epoch or more, or leave it out.")
     if max_auc_drop is not None:
         _check_search(method, ratio, nbytes, max_auc_drop)
     if runs.is_finished(out, command="compress", settings=arguments):

@@ -9,6 +9,7 @@ import torch
 
 import leanrec
 import leanrec.bench.run
+from leanrec import runs
 from leanrec.bench import Experiment, bench, cells, read_results, write_plots, write_readme
 from leanrec.bench.methods_page import methods_page
 from leanrec.bench.run import opponent
@@ -129,6 +130,7 @@ def test_the_full_model_teaches_unless_the_experiment_says_otherwise(suite, tmp_
         toml = tmp_path / "tiny" / f"{name}.toml"
         toml.write_text(f'dataset = "small"\nseeds = [0]\nsettings = ["PQ()"]\n[train]\nepochs = 1\n[tuning]\nepochs = 1\n{share}')
         bench([toml], logs=suite / "logs", results=tmp_path / "results", work=suite / "work")
+    assert all(f"; teacher's share {share}; " in readme(tmp_path) for share in ("0", "0.5"))
     taught, alone = teachers
     assert alone is None and taught.share == 0.5
     assert all(isinstance(table, torch.nn.Embedding | torch.nn.EmbeddingBag) for table in leanrec.tables(taught.model).values())
@@ -260,7 +262,7 @@ def test_at_a_glance_the_default_method_stands_beside_the_full_model_and_the_bes
     def write(family, gain, *, ratio=None, width=1e-4, logloss=0.4, scratch=False):
         for seed in (0, 1):
             run = full["run"] | {"method": f"{family}()", "family": family, "ratio": ratio, "seed": seed, "from_scratch": scratch}
-            quality = full["quality"] | {"auc_diff": gain, "auc_diff_low": gain - width, "auc_diff_high": gain + width}
+            quality = full["quality"] | {"auc": 0.7 + gain, "auc_diff": gain, "auc_diff_low": gain - width, "auc_diff_high": gain + width}
             result = full | {"run": run, "quality": quality | {"logloss": logloss}}
             (folder / f"{family}-{ratio}-{scratch}-{seed}.json").write_text(json.dumps(result))
 
@@ -276,6 +278,19 @@ def test_at_a_glance_the_default_method_stands_beside_the_full_model_and_the_bes
     rows = [line.split(" | ") for line in readme(tmp_path).splitlines() if line.startswith("| tiny | ")]
     assert [(row[6].split()[0], row[7], row[8]) for row in rows] == list(expected.values())
     assert all(row[9].startswith("`PQ()` -0.0020 [") for row in rows)
+
+
+def test_a_difference_to_another_full_model_than_that_of_the_table_is_marked_and_all_machines_are_named(suite, tmp_path):
+    (tmp_path / "results").mkdir()
+    shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")
+    assert "]‡" not in readme(tmp_path)
+    path = next((tmp_path / "results" / "tiny").glob("*PQ*seed1.json"))
+    result = json.loads(path.read_text())
+    result["quality"]["auc_diff"] += 0.0001
+    path.write_text(json.dumps(result | {"machine": "an abacus"}))
+    rows = [line for line in readme(tmp_path).splitlines() if "]‡" in line]
+    assert [row.split("`")[1] for row in rows] == ["PQ() at 20x"]
+    assert f"{' or '.join(sorted(['an abacus', runs.machine()]))}, " in readme(tmp_path)
 
 
 def test_look_ups_of_codes_without_the_kernel_are_marked(suite, tmp_path):

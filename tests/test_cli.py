@@ -157,11 +157,13 @@ def test_log_is_silent_on_short_work(capsys):
 def test_every_evaluation_is_told_once(small_log, capsys):
     on_step = show_training(Log(seconds=60), lambda: small_log, batch_size=512, epochs=3)
     history = [{"epoch": 0, "step": 0, "loss": 0.0, "auc": 0.5, "logloss": 0.7}, {"epoch": 0, "step": 12, "loss": 0.6, "auc": 0.75, "logloss": 0.5}]
+    history.append({"epoch": 0, "step": 24, "loss": 0.5, "auc": 0.76, "logloss": 0.5, "share": 0.25})
     for entries in (history[:1], history[:1], history):
         on_step(Progress(history=entries))
     assert capsys.readouterr().out.splitlines() == [
         "before tuning: validation AUC 0.50000, log loss 0.70000",
         "epoch 1, step 12: training loss 0.60000, validation AUC 0.75000, log loss 0.50000",
+        "epoch 1, step 24: training loss 0.50000, validation AUC 0.76000, log loss 0.50000, 0.25 of the way",
     ]
 
 
@@ -286,15 +288,18 @@ def test_compress_without_epochs_of_tuning_does_not_tune(passed):
         "max_auc_drop": None,
         "dense_ratio": None,
         "tuning": None,
-        "teacher_share": TEACHER_SHARE,
+        "teacher_share": None,
         "seed": 0,
     }
 
 
-def test_settings_of_a_fine_tuning_that_is_left_out_are_refused(capsys):
-    for option in ("--tune-learning-rate 0.1", "--tune-teacher-share 0.3"):
-        assert run(f"compress base --out run --tune-epochs 0 {option}".split()) == 2
-        assert "--tune-epochs 0 is no fine-tuning" in " ".join(capsys.readouterr().err.split())
+def test_settings_of_a_fine_tuning_that_is_left_out_are_refused(base, tmp_path, capsys):
+    for option, code, said in (
+        ("--tune-learning-rate 0.1", 2, "--tune-epochs 0 is no fine-tuning"),
+        ("--tune-teacher-share 0.3", 1, "there is none"),
+    ):
+        assert run(f"compress {base} --out {tmp_path / 'small'} --tune-epochs 0 {option}".split()) == code
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_evaluate_passes_every_option_on(passed):

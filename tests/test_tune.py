@@ -61,6 +61,8 @@ def test_tuning_learns_from_the_model_before_compression(base, tmp_path):
     assert distance(tmp_path / "taught", 1.0) < 0.95 * distance(tmp_path / "alone", 0.0)
     with pytest.raises(ValueError, match=r"teacher_share=1\.5 must be from 0 to 1"):
         compress_run(base, tmp_path / "wrong", teacher_share=1.5)
+    with pytest.raises(ValueError, match=r"teacher_share=0\.5 is for the fine-tuning, and there is none"):
+        compress_run(base, tmp_path / "wrong", teacher_share=0.5, tuning=None)
 
 
 def test_a_ratio_is_reached_by_choosing_settings_for_each_table(base, tmp_path):

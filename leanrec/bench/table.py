@@ -12,15 +12,15 @@ import numpy as np
 
 from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
 from leanrec.bench.run import opponent, read_suites
-from leanrec.methods import VRQ, parse
+from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
-from leanrec.tune import TEACHER_SHARE
+from leanrec.tune import METHOD, TEACHER_SHARE
 
 Result = Mapping[str, Any]
 
 SHOWN_DROP = 0.03  # of AUC, in pictures
+SAME_AUC = 5e-5  # to four digits
 
-DEFAULT = VRQ().short()  # of `leanrec compress`
 MOST_AUC, MOST_AUC_LOW, MOST_LOG_LOSS = 0.0005, 0.001, 0.005  # that may be lost where nothing is said to be
 
 HEADER = """# Benchmarks
@@ -29,7 +29,8 @@ Made by `leanrec bench --table` from the files under `results/`, one per run, wh
 fails when this page is not what they say. To repeat a suite: `leanrec bench benchmarks/experiments/SUITE/*.toml`.
 
 - **AUC difference**: to the uncompressed model of the same seed on the same test rows; mean over seeds, with the 95% interval over seeds
-  and rows (DeLong within a seed, between-seed variance on top).
+  and rows (DeLong within a seed, between-seed variance on top). ‡ where that model was trained anew, on another machine, and is not quite the
+  one of the table.
 - **tables**: bytes of all embedding tables as stored, codes, code books and scales counted; **ratio**: float32 bytes of the tables of the
   full model / that. **model**: the same with all other parameters. A ratio at the end of a method's name is the one asked for.
 - **train, fit, tune**: seconds on one core of a shared machine, so compare them with one another only roughly. **hours**: of one core, for
@@ -82,11 +83,11 @@ def _summary(suites: Mapping[str, Sequence[Result]]) -> list[str]:
             sized = [result for result in group if result["run"]["ratio"] and result["run"]["seed"] in full and not _scratch(result)]
             for cell in grouped(sized, lambda result: result["run"]["ratio"]):
                 methods = {parse(members[0]["run"]["method"]).short(): members for members in grouped(cell, _method_key)}
-                others = {name: members for name, members in methods.items() if members[0]["run"]["family"] != VRQ.__name__}
-                if DEFAULT in methods and len({members[0]["run"]["family"] for members in others.values()}) > 1:
-                    rows.append(_summary_row(suite, methods[DEFAULT], others, full))
+                others = {name: members for name, members in methods.items() if members[0]["run"]["family"] != type(parse(METHOD)).__name__}
+                if METHOD in methods and len({members[0]["run"]["family"] for members in others.values()}) > 1:
+                    rows.append(_summary_row(suite, methods[METHOD], others, full))
     head = "| suite | log | backbone | dimension | ratio | seeds | AUC difference [95%] | log loss | nothing lost | best other method |"
-    about = f"""The default method, `{DEFAULT}`, at every size at which two and more others that compress the same models are compared with it.
+    about = f"""The default method, `{METHOD}`, at every size at which two and more others that compress the same models are compared with it.
 **log loss**: relative to the full models. **nothing lost**: an AUC difference of {-MOST_AUC} or better, the end of its interval
 above {-MOST_AUC_LOW}, and a log loss not higher by more than {MOST_LOG_LOSS:.1%}.
 """
@@ -106,7 +107,7 @@ def _summary_row(suite: str, ours: Sequence[Result], others: Mapping[str, Sequen
         f"{mean(ours, 'size', 'tables_full') / mean(ours, 'size', 'tables'):.1f}",
         str(len(ours)),
         difference(ours),
-        f"{log_loss:+.1%}",
+        f"{log_loss:+.1%}{_other(ours, list(full.values()))}",
         "yes" if is_kept else "no",
         f"`{name}` {difference(best)}",
     ]
@@ -121,7 +122,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
     about = (
         f"Embedding dimension {full[0]['run']['embedding_dim']}; tables {full[0]['size']['tables_full']:,} bytes, vocabulary "
         f"{full[0]['size']['vocabulary']:,} bytes on disk; {len(seeds)} seed{'s' * (len(seeds) > 1)}; {_teacher(results)}"
-        f"{results[0]['machine']}, {core_hours(results):.1f} hours of one core.\n"
+        f"{' or '.join(sorted({result['machine'] for result in results}))}, {core_hours(results):.1f} hours of one core.\n"
     )
     columns = [
         "method",
@@ -141,7 +142,7 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
     groups = sorted(grouped(results, _method_key), key=lambda group: (_order(group[0]), -mean(group, "size", "tables")))
     picture = _picture(suite, results)
     image = f"\n![AUC over bytes]({picture})\n" if (folder / picture).exists() else ""
-    return "\n".join([title, about, head, *(_row(group, known, num_seeds=len(seeds)) for group in groups), image])
+    return "\n".join([title, about, head, *(_row(group, known, full, num_seeds=len(seeds)) for group in groups), image])
 
 
 def _teacher(results: Sequence[Result]) -> str:
@@ -151,7 +152,7 @@ def _teacher(results: Sequence[Result]) -> str:
     return f"teacher's share {' or '.join(f'{share:g}' for share in shares)}; " if shares else ""
 
 
-def _row(results: Sequence[Result], known: Sequence[Result], *, num_seeds: int) -> str:
+def _row(results: Sequence[Result], known: Sequence[Result], full: Sequence[Result], *, num_seeds: int) -> str:
     """One method at one size, over its seeds; where runs are missing, it says how many there are."""
     run, size = results[0]["run"], mean(results, "size", "tables")
     name = (
@@ -166,7 +167,7 @@ def _row(results: Sequence[Result], known: Sequence[Result], *, num_seeds: int) 
     cells = [
         f"`{name}`" + (f", {len(results)} of {num_seeds} seeds" if len(results) < num_seeds else ""),
         f"{fmean(aucs):.4f}{spread}",
-        "" if run["family"] == FULL else difference(results),
+        "" if run["family"] == FULL else difference(results) + _other(results, full),
         f"{mean(results, 'quality', 'logloss'):.4f}",
         f"{size:,.0f}",
         f"{mean(results, 'size', 'tables_full') / size:.1f}",
@@ -178,6 +179,13 @@ def _row(results: Sequence[Result], known: Sequence[Result], *, num_seeds: int) 
         _opponent(results, known),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _other(results: Sequence[Result], full: Sequence[Result]) -> str:
+    """A mark, where the full models that results are compared with are not those of their table but, trained elsewhere, end at other weights."""
+    aucs = {result["run"]["seed"]: result["quality"]["auc"] for result in full}
+    compared = {result["run"]["seed"]: result["quality"]["auc"] - result["quality"]["auc_diff"] for result in results}
+    return "‡" if any(abs(auc - aucs.get(seed, auc)) > SAME_AUC for seed, auc in compared.items()) else ""
 
 
 def _opponent(results: Sequence[Result], known: Sequence[Result]) -> str:

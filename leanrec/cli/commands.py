@@ -285,10 +285,10 @@ def compress(
         raise typer.BadParameter(f"{run} is a run, which has its own counts: --tensor and --counts go with a table in a file.")
     from leanrec import runs
     from leanrec.recommender import open_run
-    from leanrec.tune import TEACHER_SHARE, TUNING, compress_run, size_report
+    from leanrec.tune import METHOD, TUNING, compress_run, size_report
 
-    if tune_epochs == 0 and (tune_learning_rate is not None or tune_teacher_share is not None):
-        raise typer.BadParameter("--tune-epochs 0 is no fine-tuning: leave --tune-learning-rate and --tune-teacher-share out.")
+    if tune_epochs == 0 and tune_learning_rate is not None:
+        raise typer.BadParameter("--tune-epochs 0 is no fine-tuning: leave --tune-learning-rate out.")
     _use_threads(threads)
     epochs = TUNING.epochs if tune_epochs is None else tune_epochs
     learning_rate = TUNING.learning_rate if tune_learning_rate is None else tune_learning_rate
@@ -297,13 +297,13 @@ def compress(
         record = compress_run(
             run,
             out,
-            method=methods_from(method or ["VRQ()"]),
+            method=methods_from(method or [METHOD]),
             ratio=ratio,
             nbytes=nbytes,
             max_auc_drop=max_auc_drop,
             dense_ratio=dense_ratio,
             tuning=tuning,
-            teacher_share=TEACHER_SHARE if tune_teacher_share is None else tune_teacher_share,
+            teacher_share=tune_teacher_share,
             seed=seed,
             on_trial=lambda trial: shown.line(_trial(trial, max_auc_drop)),
             on_work=shown.work,
