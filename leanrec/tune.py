@@ -52,8 +52,8 @@ def compress_run(
 ) -> dict[str, Any]:
     """The record of a run with its tables compressed, its linear layers too if so asked, and, unless `tuning` is None, fine-tuned.
 
-    The weights that are kept are the best on the validation split, those before the first step of tuning among them. A killed run goes on
-    where it was, and a finished one is not repeated.
+    The weights that are kept are the best on the validation split, or those before the first step of tuning where the others gained no more than
+    chance can. A killed run goes on where it was, and a finished one is not repeated.
 
     Args:
         run: Run folder that `leanrec train` or `leanrec compress` wrote.
@@ -164,4 +164,5 @@ def _quality(recommender: Recommender, progress: Progress | None) -> dict[str, A
     labels, logits = predict(recommender.model, Loader(recommender.data, "valid", recommender.schema, batch_size=PREDICT_BATCH))
     value = auc(labels, logits)
     valid = {"auc": value, "logloss": log_loss(labels, logits), "auc_untuned": progress.history[0]["auc"] if progress else value}
-    return {"valid": valid, "tuning": {"steps": progress.step, "history": progress.history} if progress else None}
+    tuning = {"steps": progress.step, "kept": progress.best_step, "history": progress.history} if progress else None
+    return {"valid": valid, "tuning": tuning}

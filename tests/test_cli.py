@@ -157,13 +157,13 @@ def test_log_is_silent_on_short_work(capsys):
 def test_every_evaluation_is_told_once(small_log, capsys):
     on_step = show_training(Log(seconds=60), lambda: small_log, batch_size=512, epochs=3)
     history = [{"epoch": 0, "step": 0, "loss": 0.0, "auc": 0.5, "logloss": 0.7}, {"epoch": 0, "step": 12, "loss": 0.6, "auc": 0.75, "logloss": 0.5}]
-    history.append({"epoch": 0, "step": 24, "loss": 0.5, "auc": 0.76, "logloss": 0.5, "share": 0.25})
+    history.append({"epoch": 0, "step": 24, "loss": 0.5, "auc": 0.76, "logloss": 0.5, "gain_error": 0.0031, "share": 0.25})
     for entries in (history[:1], history[:1], history):
         on_step(Progress(history=entries))
     assert capsys.readouterr().out.splitlines() == [
         "before tuning: validation AUC 0.50000, log loss 0.70000",
         "epoch 1, step 12: training loss 0.60000, validation AUC 0.75000, log loss 0.50000",
-        "epoch 1, step 24: training loss 0.50000, validation AUC 0.76000, log loss 0.50000, 0.25 of the way",
+        "epoch 1, step 24: training loss 0.50000, validation AUC 0.76000 (gain ±0.00310), log loss 0.50000, 0.25 of the way",
     ]
 
 
@@ -341,11 +341,24 @@ def test_train_tells_every_evaluation(small_log, tmp_path, capsys):
 
 def test_compress_prints_bytes_and_quality(base, tmp_path, capsys):
     out = _done(
-        capsys, "compress", str(base), "--method", "PQ(num_subspaces=2, num_centroids=16)", "--tune-epochs", "1", "--out", str(tmp_path / "pq")
+        capsys,
+        *("compress", str(base), "--method", "PQ(num_subspaces=2, num_centroids=2)"),
+        *("--tune-epochs", "9", "--tune-learning-rate", "0.01", "--out", str(tmp_path / "pq")),
     )
     record = json.loads((tmp_path / "pq" / "run.json").read_text())
     assert f"{record['report']['tables']:,}" in out
     assert f"validation AUC {record['valid']['auc']:.5f} (before tuning {record['valid']['auc_untuned']:.5f})" in out
+    assert record["tuning"]["kept"] > 0
+    assert "gained nothing" not in out
+
+
+def test_compress_says_where_the_fine_tuning_was_in_vain(base, tmp_path, capsys):
+    options = ["--method", "Scalar()", "--tune-epochs", "1", "--tune-learning-rate", "1e-9"]
+    out = _done(capsys, "compress", str(base), *options, "--out", str(tmp_path / "small"))
+    assert "The fine-tuning gained nothing, or no more than chance can" in out
+    tuning = json.loads((tmp_path / "small" / "run.json").read_text())["tuning"]
+    assert tuning["kept"] == 0
+    assert tuning["steps"] > 0
 
 
 def test_compress_shows_what_it_measures(base, tmp_path, capsys, monkeypatch):

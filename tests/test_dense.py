@@ -414,7 +414,7 @@ def test_a_run_is_compressed_with_its_layers_and_opens_again(base, tmp_path):
     assert record["report"]["model_full"] == full.model_full
     small = open_run(tmp_path / "small")
     assert {path: small.model.get_submodule(path).rank for path in record["ranks"]} == record["ranks"]
-    assert record["valid"]["auc"] == max(entry["auc"] for entry in record["tuning"]["history"])
+    assert record["valid"]["auc"] in [entry["auc"] for entry in record["tuning"]["history"] if entry["step"] == record["tuning"]["kept"]]
     again = compress_run(tmp_path / "small", tmp_path / "again", method={"*": None}, tuning=None)
     assert again["ranks"] == record["ranks"]
 

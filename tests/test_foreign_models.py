@@ -278,18 +278,32 @@ def test_weights_that_no_batch_shows_must_stay_finite_too(small_log):
         trained(model, small_log, learning_rate=0.5, table_learning_rate=0.25)
 
 
+class OfFewLabels(Loader):
+    """Rows of one label, but for some of the first batch."""
+
+    def __init__(self, folder, *, label, num_others):
+        super().__init__(folder, "valid", Schema.load(folder / "schema.json"), batch_size=1000)
+        self.label, self.num_others = label, num_others
+
+    def batches(self, **place):
+        for number, batch in enumerate(super().batches(**place)):
+            labels = torch.full_like(batch.labels, self.label)
+            labels[: self.num_others * (number == 0)] = 1 - self.label
+            yield batch._replace(labels=labels)
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_validation_rows_of_one_label_are_an_error_before_the_first_step(small_log, label):
-    class OfOneLabel(Loader):
-        def batches(self, **place):
-            for batch in super().batches(**place):
-                yield batch._replace(labels=torch.full_like(batch.labels, label))
-
     model = OfItems()
-    validation = OfOneLabel(small_log, "valid", Schema.load(small_log / "schema.json"), batch_size=1000)
-    with pytest.raises(ValueError, match=f"The validation split has 2000 rows, and the label of all of them is {label}: their AUC, .*needs both"):
-        trained(model, small_log, validation=validation)
+    message = f"The validation split has 2000 rows, 2000 with label {label}: their AUC, .* needs 1 or more of each"
+    with pytest.raises(ValueError, match=message):
+        trained(model, small_log, validation=OfFewLabels(small_log, label=label, num_others=0))
+    message = f"The validation split has 2000 rows, .*1999 with label {label}.*: their AUC, .* needs 2 or more of each"
+    with pytest.raises(ValueError, match=message):
+        trained(model, small_log, validation=OfFewLabels(small_log, label=label, num_others=1), keep_initial=True)
     assert not model.table.weight.any()
+    trained(model, small_log, validation=OfFewLabels(small_log, label=label, num_others=1))
+    trained(model, small_log, validation=OfFewLabels(small_log, label=label, num_others=2), keep_initial=True)
 
 
 def test_more_threads_than_torch_can_start_are_wrong_usage(small_log, tmp_path, monkeypatch, capsys):

@@ -173,6 +173,35 @@ def test_tuning_that_went_too_far_is_taken_back_part_of_the_way_and_goes_on_from
     assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
 
 
+def test_a_gain_that_may_be_chance_is_not_kept(small_log, monkeypatch):
+    """The AUCs are made up, but not the error of their differences, which is that of a bootstrap."""
+    start = build(small_log, "deepfm", MODEL, seed=0)
+    train_recommender(start, FAST)
+    validation = loaders(small_log, start.schema)[1]
+    labels, logits = predict(start.model, validation)
+    settings = TrainSettings(epochs=1, batch_size=256, learning_rate=1e-3, keep_initial=True)
+    monkeypatch.setattr(state, "log_loss", lambda labels, logits: 0.5)
+
+    def tuned(*aucs):
+        recommender, left = copy.deepcopy(start), iter(aucs)
+        monkeypatch.setattr(state, "auc", lambda labels, logits: next(left))
+        progress = train_recommender(recommender, settings)
+        assert next(left, None) is None
+        return recommender.model, progress
+
+    model, progress = tuned(0.7, 0.9)
+    error = progress.history[1]["gain_error"]
+    after, draws = predict(model, validation)[1], torch.randint(len(labels), (500, len(labels)), generator=torch.Generator().manual_seed(0))
+    differences = torch.tensor([auc(labels[rows], after[rows]) - auc(labels[rows], logits[rows]) for rows in draws])
+    assert error == pytest.approx(differences.std().item(), rel=0.15)
+    model, progress = tuned(0.7, 0.7 + 2.01 * error)
+    assert progress.best_step == 24
+    assert not same_weights(model, start.model)
+    model, progress = tuned(0.7, 0.7 + 1.99 * error, 0.7, 0.7)
+    assert progress.best_step == 0
+    assert same_weights(model, start.model)
+
+
 def test_a_teacher_has_its_share_in_the_labels(small_log):
     teacher = build(small_log, "deepfm", MODEL, seed=7)
     settings = replace(FAST, epochs=1)

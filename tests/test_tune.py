@@ -42,7 +42,8 @@ def test_tuning_keeps_the_best_of_the_untuned_and_the_tuned(base, tmp_path):
     record = compress_run(base, tmp_path / "tuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=SHORT)
     entries = record["tuning"]["history"]
     history = [entry["auc"] for entry in entries]
-    assert record["valid"]["auc"] == max(entry["auc"] for entry in entries if entry["logloss"] <= entries[0]["logloss"])
+    assert record["valid"]["auc"] == max(history) > history[0] + 2 * entries[-1]["gain_error"]
+    assert record["tuning"]["kept"] == entries[history.index(max(history))]["step"]
     assert record["valid"]["auc_untuned"] == history[0]
     untuned = compress_run(base, tmp_path / "untuned", method="PQ(num_subspaces=2, num_centroids=4)", tuning=None)
     assert untuned["valid"]["auc"] == pytest.approx(history[0], abs=1e-12)

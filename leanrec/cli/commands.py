@@ -272,7 +272,7 @@ def compress(
 ) -> None:
     """Compress the embedding tables of a run, and its linear layers if so asked; or a table in a file.
 
-    What is left of a run's model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it.
+    What is left of a run's model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it by more than chance.
     A table in a file is read in stretches and its compressed form written as it goes, in little memory.
     """
     if is_table(run):
@@ -313,6 +313,8 @@ def compress(
     if max_auc_drop is not None:
         typer.echo(f"\n{_one_step_further(record['kept'], record['beyond'])}")
     valid = record["valid"]
+    if record["tuning"] and not record["tuning"]["kept"]:
+        typer.echo("\nThe fine-tuning gained nothing, or no more than chance can: the model is kept as it was before.")
     typer.echo(f"\nvalidation AUC {valid['auc']:.5f} (before tuning {valid['auc_untuned']:.5f}), log loss {valid['logloss']:.5f}")
     typer.echo(f"written: {out}")
 

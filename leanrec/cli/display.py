@@ -111,7 +111,8 @@ def _num_batches(data: Path, batch_size: int) -> int:
 
 def _evaluation(entry: dict[str, float]) -> str:
     """An entry of a training's history in words."""
-    quality = f"validation AUC {entry['auc']:.5f}, log loss {entry['logloss']:.5f}"
+    error = f" (gain ±{entry['gain_error']:.5f})" if "gain_error" in entry else ""
+    quality = f"validation AUC {entry['auc']:.5f}{error}, log loss {entry['logloss']:.5f}"
     if not entry["step"]:
         return f"before tuning: {quality}"
     way = f", {entry['share']:g} of the way" if "share" in entry else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,7 @@ def train(
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"Model {type(model).__name__} has no parameters to train.")
-    _check_labels(validation)
+    _check_labels(validation, least=2 if settings.keep_initial else 1)
     if teacher is not None:
         teacher.model.eval()
     tables = [module for module in model.modules() if isinstance(module, Table)]
@@ -133,16 +134,17 @@ def _epoch(
     progress.epoch, progress.batch = progress.epoch + 1, 0
 
 
-def _check_labels(validation: Loader) -> None:
-    """Raise ValueError unless both labels are among the validation rows; mostly the first batch has them."""
-    labels: set[float] = set()
+def _check_labels(validation: Loader, *, least: int) -> None:
+    """Raise ValueError unless so many validation rows have either label; mostly the first batch has them."""
+    counts: Counter[float] = Counter()
     for batch in validation.batches():
-        labels.update(batch.labels.unique().tolist())
-        if len(labels) > 1:
+        counts.update(batch.labels.tolist())
+        if len(counts) > 1 and min(counts.values()) >= least:
             return
+    found = ", ".join(f"{count} with label {label:g}" for label, count in sorted(counts.items()))
     raise ValueError(
-        f"The validation split has {validation.num_rows} rows, and the label of all of them is {', '.join(f'{label:g}' for label in labels)}: "
-        "their AUC, which tells the best weights, needs both labels. Give the split more rows, or other ones, in `leanrec prepare`."
+        f"The validation split has {validation.num_rows} rows, {found}: their AUC, which tells the best weights, needs {least} or more of each of "
+        "the labels 0 and 1. Give the split more rows, or other ones, in `leanrec prepare`."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leanrec import runs
 from leanrec.data.loader import Loader
 from leanrec.methods.base import Table
+from leanrec.ops.intervals import delong_difference
 from leanrec.ops.metrics import auc, log_loss
 from leanrec.recommender import predict
 from leanrec.train.row_adam import RowAdam
@@ -22,18 +23,28 @@ from leanrec.train.settings import TrainSettings
 SHARES = (0.5, 0.25)
 """How much of the way from the best weights is tried where all of it was too much."""
 
+LEAST_GAIN = 2.0
+"""Standard errors by which the AUC must be above that before tuning: where validation rows are few, the best of many looks is above it by chance."""
+
 MOST_LOG_LOSS = 1.001
 """How many times the log loss before tuning the one after it may be, for a higher AUC."""
 
 
 @dataclass
 class Progress:
-    """Where training stands; `history` has one entry per evaluation: epoch, step, loss, auc, logloss; share, if part of the way is kept."""
+    """Where training stands.
+
+    Attributes:
+        best_step: Step after which the AUC was best; 0 where that was before the first.
+        history: One entry per evaluation: epoch, step, loss, auc, logloss; if the weights before the first step are a candidate, `gain_error`, the
+            standard error of what the AUC is above theirs; `share`, if part of the way is kept.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     best_auc: float = float("-inf")
+    best_step: int = 0
     failures: int = 0
     loss_sum: float = 0.0
     loss_steps: int = 0
@@ -47,16 +58,17 @@ class State:
         self.model, self.settings, self.progress = model, settings, Progress()
         self.optimizer = RowAdam(_parameter_groups(model, settings))
         self.best: dict[str, Tensor] = {}
+        self.first_logits = torch.empty(0)
 
     def evaluate(self, validation: Loader) -> None:
-        """Take the validation AUC; remember the weights if it is the best so far, and tuning did not pay for it with the log loss.
+        """Take the validation AUC; remember the weights if it is the best so far, and a gain of tuning neither chance nor paid for with the log loss.
 
         Where tuning went too far, points on the way from the best weights so far are tried as well, for weights of one model before and after a
         fine-tuning mix well (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Training goes on from where it was.
         """
         progress = self.progress
         loss = progress.loss_sum / max(progress.loss_steps, 1)
-        entry = {"epoch": progress.epoch, "step": progress.step, "loss": loss, **_quality(self.model, validation)}
+        entry = {"epoch": progress.epoch, "step": progress.step, "loss": loss, **self._quality(validation)}
         progress.loss_sum, progress.loss_steps = 0.0, 0
         is_kept = self._keep_if_best(entry)
         if not is_kept and self.settings.keep_initial:
@@ -67,18 +79,31 @@ class State:
             for group in self.optimizer.param_groups:
                 group["lr"] *= self.settings.learning_rate_decay
 
+    def _quality(self, validation: Loader) -> dict[str, float]:
+        labels, logits = predict(self.model, validation)
+        quality = {"auc": auc(labels, logits), "logloss": log_loss(labels, logits)}
+        if not self.settings.keep_initial:
+            return quality
+        if not self.progress.history:
+            self.first_logits = logits
+            return quality
+        return {**quality, "gain_error": delong_difference(labels, logits, self.first_logits).standard_error}
+
     def _keep_if_best(self, entry: Mapping[str, float]) -> bool:
         progress = self.progress
-        if entry["auc"] <= progress.best_auc or self._costs_log_loss(entry):
+        if entry["auc"] <= progress.best_auc or not self._is_gain(entry):
             return False
-        progress.best_auc, progress.failures = entry["auc"], 0
+        progress.best_auc, progress.best_step, progress.failures = entry["auc"], progress.step, 0
         self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         return True
 
-    def _costs_log_loss(self, entry: Mapping[str, float]) -> bool:
-        """Whether the log loss is higher than before the first step, where that was a candidate: a better ranking must not be paid so."""
-        first = self.progress.history[0] if self.progress.history else entry
-        return self.settings.keep_initial and entry["logloss"] > MOST_LOG_LOSS * first["logloss"]
+    def _is_gain(self, entry: Mapping[str, float]) -> bool:
+        """Whether an AUC above that before the first step, where that was a candidate, is more than chance and not paid for with the log loss."""
+        if not (self.settings.keep_initial and self.progress.history):
+            return True
+        first = self.progress.history[0]
+        is_chance = entry["auc"] - first["auc"] <= LEAST_GAIN * entry["gain_error"]
+        return not is_chance and entry["logloss"] <= MOST_LOG_LOSS * first["logloss"]
 
     @torch.no_grad()
     def _keep_if_best_on_the_way(self, entry: dict[str, float], validation: Loader) -> bool:
@@ -89,7 +114,7 @@ class State:
             for name, tensor in self.model.state_dict().items():
                 if not torch.equal(self.best[name], present[name]) and tensor.is_floating_point():
                     tensor.copy_(torch.lerp(self.best[name], present[name], share))
-            mixed = {**entry, **_quality(self.model, validation), "share": share}
+            mixed = {**entry, **self._quality(validation), "share": share}
             if is_kept := self._keep_if_best(mixed):
                 entry.update(mixed)
                 break
@@ -103,6 +128,7 @@ class State:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"optimizer/{index}/{key}": value for index, values in optimizer["state"].items() for key, value in values.items()}
         tensors["random"] = torch.get_rng_state()
+        tensors["first_logits"] = self.first_logits
         rates = [group["lr"] for group in self.optimizer.param_groups]
         temporary = path.with_name(path.name + ".tmp")
         save_file(_unshared(tensors), temporary, metadata={"progress": json.dumps(asdict(self.progress)), "rates": json.dumps(rates)})
@@ -124,12 +150,8 @@ class State:
         for group, rate in zip(optimizer["param_groups"], json.loads(metadata["rates"]), strict=True):
             group["lr"] = rate
         self.optimizer.load_state_dict(optimizer)
+        self.first_logits = tensors["first_logits"]
         torch.set_rng_state(tensors["random"])
-
-
-def _quality(model: nn.Module, validation: Loader) -> dict[str, float]:
-    labels, logits = predict(model, validation)
-    return {"auc": auc(labels, logits), "logloss": log_loss(labels, logits)}
 
 
 def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
