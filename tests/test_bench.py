@@ -1,11 +1,14 @@
+import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import leanrec
 import leanrec.bench.run
@@ -14,8 +17,11 @@ from leanrec.bench import Experiment, bench, cells, read_results, write_plots, w
 from leanrec.bench.methods_page import methods_page
 from leanrec.bench.run import opponent
 from leanrec.bench.table import core_hours, difference, readme
+from leanrec.data.loader import Loader
 from leanrec.methods import METHODS
-from leanrec.train import train_recommender
+from leanrec.recommender import open_run, predict
+from leanrec.train import Teacher, train_recommender
+from leanrec.tune import TUNING
 
 REPOSITORY = Path(__file__).parents[1]
 TOML = """
@@ -29,6 +35,7 @@ settings = ["Scalar(num_bits=8)"]
 small_dims = [2]
 small_methods = ["Scalar(num_bits=8)"]
 dense_ratios = [1.2]
+tuned_full = true
 [model]
 hidden_units = [8]
 [train]
@@ -68,8 +75,8 @@ def run(folder: Path, seen=None):
 
 def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
     results = read_results(suite / "results" / "tiny")
-    assert len(results) == 2 * 8
-    assert {result["run"]["family"] for result in results} == {"Full", "Smaller", "Dense", "Scalar", "PQ", "Hash", "LowRank"}
+    assert len(results) == 2 * 9
+    assert {result["run"]["family"] for result in results} == {"Full", "Tuned", "Smaller", "Dense", "Scalar", "PQ", "Hash", "LowRank"}
     for result in results:
         assert {"run", "quality", "size", "seconds", "peak_memory", "speed", "machine", "versions", "commit", "settings"} <= result.keys()
         assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
@@ -84,6 +91,17 @@ def test_differences_are_to_the_full_model_of_the_same_seed(suite):
     full = {result["run"]["seed"]: result["quality"]["auc"] for result in results if result["run"]["family"] == "Full"}
     for result in results:
         assert result["quality"]["auc"] - full[result["run"]["seed"]] == pytest.approx(result["quality"]["auc_diff"], abs=1e-9)
+
+
+def test_the_tuned_full_model_is_the_full_model_after_the_fine_tuning(suite):
+    for result in (result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "Tuned"):
+        run = open_run(next((suite / "work" / "runs").glob(f"*-d8-seed{result['run']['seed']}-*")))
+        settings = replace(TUNING, epochs=1, seed=result["run"]["seed"])
+        teacher = Teacher(copy.deepcopy(run.model), 0.5)
+        assert train_recommender(run, settings, teacher=teacher).history == result["tuning"]
+        labels, logits = predict(run.model, Loader(run.data, "test", run.schema, batch_size=4096))
+        assert roc_auc_score(labels, logits) == pytest.approx(result["quality"]["auc"], abs=1e-6)
+        assert result["size"]["tables"] == result["size"]["tables_full"]
 
 
 def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_as_good(suite):
@@ -170,7 +188,7 @@ def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     missing.unlink()
     seen = []
     run(suite, seen)
-    assert seen == [(missing.name, 16, 16)]
+    assert seen == [(missing.name, 18, 18)]
     after = {path: path.read_text() for path in sorted((suite / "results" / "tiny").glob("*.json"))}
     assert {path for path in before if before[path] == after[path]} >= set(before) - {missing}
     assert json.loads(after[missing])["quality"] == json.loads(before[missing])["quality"]
@@ -182,8 +200,19 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
     assert [picture.name for picture in pictures] == ["tiny-small-deepfm.png"]
     assert all(picture.stat().st_size > 5000 for picture in pictures)
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1].split("(")[0] for row in rows] == ["Full", "Full", "Hash", "LowRank", "PQ", "Scalar", "Full of dimension 2", "Scalar"]
+    assert [row.split("`")[1].split("(")[0] for row in rows] == [
+        "Full",
+        "Full",
+        "Full",
+        "Hash",
+        "LowRank",
+        "PQ",
+        "Scalar",
+        "Full of dimension 2",
+        "Scalar",
+    ]
     assert any("`Hash() at 20x from scratch`" in row for row in rows)
+    assert rows[1].startswith("| `Full(), fine-tuned` | ")
     assert "pictures/tiny-small-deepfm.png" in text
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
     mean = sum(result["quality"]["auc"] for result in results) / 2
@@ -211,6 +240,9 @@ def test_the_picture_shows_each_method_at_its_difference_with_its_interval(suite
         ("seeds = [0]", "no dataset"),
         ("dataset = [", "cannot be read"),
         ('dataset = "x"\nprepare = 3', r"\[prepare\] 3 is unknown"),
+        ('dataset = "x"\n[train]\nepoch = 3', r"\[train\] epoch is unknown. It takes .*'epochs'"),
+        ('dataset = "x"\ntuning = 3', r"\[tuning\] 3 is unknown"),
+        ('dataset = "x"\n[tuning]\nteacher_shar = 0', r"\[tuning\] teacher_shar is unknown. It takes .*'teacher_share'"),
         ('dataset = "x"\n[prepare]\nmin_counts = 3', r"\[prepare\] min_counts is unknown. It takes .*'min_count'"),
     ],
 )
@@ -259,14 +291,15 @@ def test_at_a_glance_the_default_method_stands_beside_the_full_model_and_the_bes
     folder.mkdir(parents=True)
     full = json.loads(next((suite / "results" / "tiny").glob("*-Full-d8-*seed0.json")).read_text())
 
-    def write(family, gain, *, ratio=None, width=1e-4, logloss=0.4, scratch=False):
+    def write(family, gain, *, ratio=None, width=1e-4, logloss=0.4, scratch=False, family_name=None):
         for seed in (0, 1):
-            run = full["run"] | {"method": f"{family}()", "family": family, "ratio": ratio, "seed": seed, "from_scratch": scratch}
+            run = full["run"] | {"method": f"{family}()", "family": family_name or family, "ratio": ratio, "seed": seed, "from_scratch": scratch}
             quality = full["quality"] | {"auc": 0.7 + gain, "auc_diff": gain, "auc_diff_low": gain - width, "auc_diff_high": gain + width}
             result = full | {"run": run, "quality": quality | {"logloss": logloss}}
-            (folder / f"{family}-{ratio}-{scratch}-{seed}.json").write_text(json.dumps(result))
+            (folder / f"{family_name or family}-{ratio}-{scratch}-{seed}.json").write_text(json.dumps(result))
 
     write("Full", 0.0)
+    write("Full", 0.0012, family_name="Tuned")
     expected = {20: ("-0.0004", "+0.4%", "yes"), 40: ("-0.0006", "+0.0%", "no"), 80: ("+0.0000", "+0.6%", "no"), 160: ("+0.0010", "-1.0%", "no")}
     for (ratio, (gain, logloss, _)), width in zip(expected.items(), (1e-4, 1e-4, 1e-4, 0.005), strict=True):
         write("VRQ", float(gain), ratio=ratio, width=width, logloss=0.4 * (1 + float(logloss[:-1]) / 100))
@@ -277,7 +310,7 @@ def test_at_a_glance_the_default_method_stands_beside_the_full_model_and_the_bes
     write("PQ", 0.0, ratio=320)
     rows = [line.split(" | ") for line in readme(tmp_path).splitlines() if line.startswith("| tiny | ")]
     assert [(row[6].split()[0], row[7], row[8]) for row in rows] == list(expected.values())
-    assert all(row[9].startswith("`PQ()` -0.0020 [") for row in rows)
+    assert all(row[9].startswith("`PQ()` -0.0020 [") and row[10].startswith("+0.0012 [") for row in rows)
 
 
 def test_a_difference_to_another_full_model_than_that_of_the_table_is_marked_and_all_machines_are_named(suite, tmp_path):

@@ -12,16 +12,22 @@ from typing import Any
 
 from leanrec.data.prepare import prepare
 from leanrec.methods import parse
+from leanrec.train import TrainSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-FULL, SMALLER, DENSE = "Full", "Smaller", "Dense"
+FULL, TUNED, SMALLER, DENSE = "Full", "Tuned", "Smaller", "Dense"
 PLAIN = (FULL, SMALLER, "Scalar", "DropRare")
 """Families that a compressor has to beat: what anybody can do without it."""
-PREPARE_OPTIONS = signature(prepare).parameters.keys() - {"inputs", "out", "valid", "test", "config", "progress"}
+TRAIN_OPTIONS = {entry.name for entry in fields(TrainSettings)} - {"seed"}
+OPTIONS = {
+    "prepare": signature(prepare).parameters.keys() - {"inputs", "out", "valid", "test", "config", "progress"},
+    "train": TRAIN_OPTIONS,
+    "tuning": TRAIN_OPTIONS | {"teacher_share"},
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Experiment:
         small_dims: Embedding dimensions of plain smaller models.
         small_methods: Text forms that each of these smaller models is compressed with, as they stand.
         dense_ratios: Bytes of all linear layers before / after, of the full model with its tables as they are.
+        tuned_full: Whether the full model is fine-tuned like the compressed ones too, itself its teacher: what of their quality is the fine-tuning's.
         prepare: Options of `leanrec.data.prepare.prepare` beside the log and the folder.
         model, train, tuning: Differences from the defaults; tuning may hold `teacher_share` too. `tuning = false` compresses without fine-tuning.
     """
@@ -57,6 +64,7 @@ class Experiment:
     small_dims: tuple[int, ...] = ()
     small_methods: tuple[str, ...] = ()
     dense_ratios: tuple[float, ...] = ()
+    tuned_full: bool = False
     prepare: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -77,10 +85,13 @@ class Experiment:
         unknown = sorted(raw.keys() - known)
         if unknown or "dataset" not in raw:
             raise ValueError(f"{path}: unknown keys {unknown} or no dataset. An experiment has {sorted(known)}.")
-        options = raw.get("prepare", {})
-        wrong = [str(options)] if not isinstance(options, dict) else sorted(options.keys() - PREPARE_OPTIONS)
-        if wrong:
-            raise ValueError(f"{path}: [prepare] {', '.join(wrong)} is unknown. It takes {sorted(PREPARE_OPTIONS)}.")
+        for part, taken in OPTIONS.items():
+            options = raw.get(part, {})
+            if part == "tuning" and isinstance(options, bool):
+                continue
+            wrong = [str(options)] if not isinstance(options, dict) else sorted(options.keys() - taken)
+            if wrong:
+                raise ValueError(f"{path}: [{part}] {', '.join(wrong)} is unknown. It takes {sorted(taken)}.")
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
         return cls(name=path.stem, **settings)
 
@@ -118,6 +129,7 @@ class Cell:
             short = f"SmallDim(embedding_dim={self.embedding_dim})" + (f" {short}" if short != "Full()" else "")
         size += f"-dense-{self.dense_ratio:g}x" if self.dense_ratio is not None else ""
         method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-") + ("-scratch" if self.from_scratch else "")
+        method += "-tuned" if self.family == TUNED else ""
         return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
 
 
@@ -127,6 +139,8 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
         for seed in experiment.seeds:
             full = Cell(experiment, backbone, FULL, "Full()", experiment.embedding_dim, seed)
             yield full
+            if experiment.tuned_full:
+                yield replace(full, family=TUNED)
             for dim in experiment.small_dims:
                 smaller = replace(full, family=SMALLER, embedding_dim=dim)
                 yield smaller

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from leanrec import runs
-from leanrec.bench.experiment import DENSE, PLAIN, SMALLER, Cell, Experiment, cells
+from leanrec.bench.experiment import DENSE, PLAIN, SMALLER, TUNED, Cell, Experiment, cells
 from leanrec.bench.speed import lookups_per_second
 from leanrec.budget import least_nbytes
 from leanrec.data.loader import Loader
@@ -174,7 +174,7 @@ def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str
     base = _train_folder(cell, folders, cell.embedding_dim)
     recommender = open_run(base)
     start = time.perf_counter()
-    if cell.family != DENSE:
+    if cell.family not in (DENSE, TUNED):
         compress_tables(recommender, cell.method, nbytes=_nbytes(cell, recommender), seed=cell.seed)
     if cell.dense_ratio is not None:
         compress_layers(recommender, cell.dense_ratio, seed=cell.seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER
+from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER, TUNED
 from leanrec.bench.run import opponent, read_suites
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
@@ -85,16 +85,24 @@ def _summary(suites: Mapping[str, Sequence[Result]]) -> list[str]:
                 methods = {parse(members[0]["run"]["method"]).short(): members for members in grouped(cell, _method_key)}
                 others = {name: members for name, members in methods.items() if members[0]["run"]["family"] != type(parse(METHOD)).__name__}
                 if METHOD in methods and len({members[0]["run"]["family"] for members in others.values()}) > 1:
-                    rows.append(_summary_row(suite, methods[METHOD], others, full))
-    head = "| suite | log | backbone | dimension | ratio | seeds | AUC difference [95%] | log loss | nothing lost | best other method |"
+                    rows.append(_summary_row(suite, methods[METHOD], others, full, _tuned(group)))
+    columns = "suite | log | backbone | dimension | ratio | seeds | AUC difference [95%] | log loss | nothing lost | best other method | full, tuned"
     about = f"""The default method, `{METHOD}`, at every size at which two and more others that compress the same models are compared with it.
 **log loss**: relative to the full models. **nothing lost**: an AUC difference of {-MOST_AUC} or better, the end of its interval
-above {-MOST_AUC_LOW}, and a log loss not higher by more than {MOST_LOG_LOSS:.1%}.
+above {-MOST_AUC_LOW}, and a log loss not higher by more than {MOST_LOG_LOSS:.1%}. **full, tuned**: the AUC difference of the full
+model, after the same fine-tuning, to itself before it: what of a gain is not the compression's.
 """
-    return ["## At a glance\n", about, f"{head}\n{'|---' * 10}|", *rows, ""] if rows else []
+    return ["## At a glance\n", about, f"| {columns} |\n{'|---' * 11}|", *rows, ""] if rows else []
 
 
-def _summary_row(suite: str, ours: Sequence[Result], others: Mapping[str, Sequence[Result]], full: Mapping[int, Result]) -> str:
+def _tuned(results: Sequence[Result]) -> list[Result]:
+    """Full models that were fine-tuned like the compressed ones."""
+    return [result for result in results if result["run"]["family"] == TUNED]
+
+
+def _summary_row(
+    suite: str, ours: Sequence[Result], others: Mapping[str, Sequence[Result]], full: Mapping[int, Result], tuned: Sequence[Result]
+) -> str:
     run, (value, low, _) = ours[0]["run"], _interval(ours)
     log_loss = mean(ours, "quality", "logloss") / mean([full[result["run"]["seed"]] for result in ours], "quality", "logloss") - 1
     is_kept = value >= -MOST_AUC and low > -MOST_AUC_LOW and log_loss <= MOST_LOG_LOSS
@@ -110,6 +118,7 @@ def _summary_row(suite: str, ours: Sequence[Result], others: Mapping[str, Sequen
         f"{log_loss:+.1%}{_other(ours, list(full.values()))}",
         "yes" if is_kept else "no",
         f"`{name}` {difference(best)}",
+        difference(tuned) if tuned else "",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -162,6 +171,7 @@ def _row(results: Sequence[Result], known: Sequence[Result], full: Sequence[Resu
     )
     name += (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
     name += f", linear layers at {run['dense_ratio']:g}x" if run.get("dense_ratio") else ""
+    name += ", fine-tuned" if run["family"] == TUNED else ""
     aucs = [result["quality"]["auc"] for result in results]
     spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
     cells = [
@@ -190,7 +200,7 @@ def _other(results: Sequence[Result], full: Sequence[Result]) -> str:
 
 def _opponent(results: Sequence[Result], known: Sequence[Result]) -> str:
     """Mean bytes of the smallest plain tables that are as good; of a plain model itself, nothing."""
-    if results[0]["run"]["family"] in PLAIN or results[0]["run"].get("dense_ratio"):
+    if results[0]["run"]["family"] in (*PLAIN, TUNED) or results[0]["run"].get("dense_ratio"):
         return ""
     sizes = [opponent(result, known) for result in results]
     found = [size for size in sizes if size is not None]
@@ -255,8 +265,10 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
     axes = figure.subplots()
     axes.set_prop_cycle(cycler(marker=["o", "s", "^"]) * cycler(color=list(TABLEAU_COLORS)))
     axes.axhline(full, color="black", linestyle="--", linewidth=1, label=f"full model, {mean(whole, 'size', 'tables'):,.0f} bytes")
+    if tuned := _tuned(results):
+        axes.axhline(full + _interval(tuned)[0], color="black", linestyle=":", linewidth=1, label="full model, fine-tuned")
     for (_, family, scratch), members in groupby(sorted(results, key=_order), key=_order):
-        if family in (FULL, DENSE):
+        if family in (FULL, TUNED, DENSE):
             continue
         groups = sorted(grouped(list(members), _method_key), key=lambda group: mean(group, "size", "tables"))
         values, lows, highs = np.array([_interval(group) for group in groups]).T
@@ -299,9 +311,10 @@ def _experiment_key(result: Result) -> tuple[str, str]:
     return result["run"]["experiment"], result["run"]["backbone"]
 
 
-def _method_key(result: Result) -> tuple[str, bool, float, float, int]:
+def _method_key(result: Result) -> tuple[str, bool, bool, float, float, int]:
     return (
         parse(result["run"]["method"]).short(),  # two texts of one method, with and without an argument that came later, are one
+        result["run"]["family"] == TUNED,
         _scratch(result),
         result["run"]["ratio"] or 0.0,
         result["run"].get("dense_ratio") or 0.0,
@@ -315,8 +328,8 @@ def _scratch(result: Result) -> bool:
 
 
 def _order(result: Result) -> tuple[bool, str, bool]:
-    """The full model first, then families by name, those trained from scratch last."""
-    return result["run"]["family"] != FULL, result["run"]["family"], _scratch(result)
+    """The full model first, as it is and fine-tuned, then families by name, those trained from scratch last."""
+    return result["run"]["family"] not in (FULL, TUNED), result["run"]["family"], _scratch(result)
 
 
 def mean(results: Sequence[Result], part: str, key: str) -> float:

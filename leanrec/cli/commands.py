@@ -272,8 +272,8 @@ def compress(
 ) -> None:
     """Compress the embedding tables of a run, and its linear layers if so asked; or a table in a file.
 
-    What is left of a run's model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it by more than chance.
-    A table in a file is read in stretches and its compressed form written as it goes, in little memory.
+    What is left of a run's model is then fine-tuned with the click loss; the tuned model is kept only where the validation split prefers it by
+    more than chance. A table in a file is read in stretches and its compressed form written as it goes, in little memory.
     """
     if is_table(run):
         if any(option is not None for option in (max_auc_drop, dense_ratio, tune_epochs, tune_learning_rate, tune_teacher_share)):
