@@ -239,9 +239,18 @@ def test_the_picture_shows_each_method_at_its_difference_with_its_interval(suite
         ('datasett = "x"', "unknown keys"),
         ("seeds = [0]", "no dataset"),
         ("dataset = [", "cannot be read"),
-        ('dataset = "x"\nprepare = 3', r"\[prepare\] 3 is unknown"),
+        ('dataset = "x"\nprepare = 3', "prepare = 3 must be dict"),
+        ('dataset = "x"\nseeds = 3', "seeds = 3 must be a list of int"),
+        ('dataset = "x"\nratios = ["10x"]', r"ratios = \['10x'\] must be a list of int | float"),
+        ('dataset = "x"\nembedding_dim = "32"', "embedding_dim = '32' must be int"),
+        ('dataset = "x"\nmethods = ["PQX()"]', "unknown method 'PQX'"),
+        ('dataset = "x"\nsmall_methods = ["Scalar(bits=8)"]', "unknown argument 'bits'"),
+        ('dataset = "x"\n[train]\nepochs = 0', r"\[train\] epochs=0 must be at least 1"),
+        ('dataset = "x"\n[tuning]\nepochs = "two"', r"\[tuning\] '<' not supported between instances of 'str' and 'int'"),
+        ('dataset = "x"\n[tuning]\nteacher_share = "half"', r"\[tuning\] '<=' not supported between instances of 'int' and 'str'"),
+        ('dataset = "x"\n[tuning]\nteacher_share = 1.5', r"\[tuning\] teacher_share=1.5 must be from 0 to 1"),
         ('dataset = "x"\n[train]\nepoch = 3', r"\[train\] epoch is unknown. It takes .*'epochs'"),
-        ('dataset = "x"\ntuning = 3', r"\[tuning\] 3 is unknown"),
+        ('dataset = "x"\ntuning = 3', "tuning = 3 must be dict | bool"),
         ('dataset = "x"\n[tuning]\nteacher_shar = 0', r"\[tuning\] teacher_shar is unknown. It takes .*'teacher_share'"),
         ('dataset = "x"\n[prepare]\nmin_counts = 3', r"\[prepare\] min_counts is unknown. It takes .*'min_count'"),
     ],
@@ -267,6 +276,7 @@ def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to
     assert results <= expected
     assert {cell.family for toml in (folder / "experiments").glob("*/*.toml") for cell in cells(Experiment.load(toml))} <= {
         *METHODS,
+        "Tuned",
         "Smaller",
         "Dense",
     }

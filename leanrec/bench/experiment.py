@@ -22,6 +22,9 @@ else:
 FULL, TUNED, SMALLER, DENSE = "Full", "Tuned", "Smaller", "Dense"
 PLAIN = (FULL, SMALLER, "Scalar", "DropRare")
 """Families that a compressor has to beat: what anybody can do without it."""
+METHOD_KEYS = ("methods", "scratch", "settings", "small_methods")
+LISTS = {"backbones": str, "seeds": int, "ratios": int | float, "small_dims": int, "dense_ratios": int | float} | dict.fromkeys(METHOD_KEYS, str)
+VALUES = {"dataset": str, "embedding_dim": int, "tuned_full": bool, "prepare": dict, "model": dict, "train": dict, "tuning": dict | bool}
 TRAIN_OPTIONS = {entry.name for entry in fields(TrainSettings)} - {"seed"}
 OPTIONS = {
     "prepare": signature(prepare).parameters.keys() - {"inputs", "out", "valid", "test", "config", "progress"},
@@ -75,25 +78,41 @@ class Experiment:
         """Read a TOML file.
 
         Raises:
-            ValueError: It is missing, no TOML, or has a key that no experiment has.
+            ValueError: It is missing, no TOML, or has a key or a value that no experiment has.
         """
         try:
             raw = tomllib.loads(path.read_text())
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise ValueError(f"{path}: cannot be read as an experiment ({error}).") from None
-        known = {entry.name for entry in fields(cls)} - {"name"}
-        unknown = sorted(raw.keys() - known)
-        if unknown or "dataset" not in raw:
-            raise ValueError(f"{path}: unknown keys {unknown} or no dataset. An experiment has {sorted(known)}.")
-        for part, taken in OPTIONS.items():
-            options = raw.get(part, {})
-            if part == "tuning" and isinstance(options, bool):
-                continue
-            wrong = [str(options)] if not isinstance(options, dict) else sorted(options.keys() - taken)
-            if wrong:
-                raise ValueError(f"{path}: [{part}] {', '.join(wrong)} is unknown. It takes {sorted(taken)}.")
+        try:
+            _check(raw)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         settings: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
         return cls(name=path.stem, **settings)
+
+
+def _check(raw: Mapping[str, Any]) -> None:
+    """Raise ValueError for what a TOML file has and no experiment takes, before anything is run."""
+    unknown = sorted(raw.keys() - {*LISTS, *VALUES})
+    if unknown or "dataset" not in raw:
+        raise ValueError(f"unknown keys {unknown} or no dataset. An experiment has {sorted({*LISTS, *VALUES})}.")
+    for key, value in raw.items():
+        values, kind = (value, LISTS[key]) if key in LISTS else ([value], VALUES[key])
+        if not isinstance(values, list) or not all(isinstance(entry, kind) for entry in values):
+            raise ValueError(f"{key} = {value!r} must be {'a list of ' * (key in LISTS)}{getattr(kind, '__name__', kind)}.")
+    for text in (text for key in METHOD_KEYS for text in raw.get(key, [])):
+        parse(text)
+    for part, taken in OPTIONS.items():
+        options = raw[part] if isinstance(raw.get(part), dict) else {}
+        if wrong := sorted(options.keys() - taken):
+            raise ValueError(f"[{part}] {', '.join(wrong)} is unknown. It takes {sorted(taken)}.")
+        try:
+            TrainSettings(**{key: value for key, value in options.items() if key in TRAIN_OPTIONS})
+            if not 0 <= options.get("teacher_share", 0) <= 1:
+                raise ValueError(f"teacher_share={options['teacher_share']} must be from 0 to 1.")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"[{part}] {error}") from None
 
 
 @dataclass(frozen=True)
