@@ -158,12 +158,14 @@ def test_every_evaluation_is_told_once(small_log, capsys):
     on_step = show_training(Log(seconds=60), lambda: small_log, batch_size=512, epochs=3)
     history = [{"epoch": 0, "step": 0, "loss": 0.0, "auc": 0.5, "logloss": 0.7}, {"epoch": 0, "step": 12, "loss": 0.6, "auc": 0.75, "logloss": 0.5}]
     history.append({"epoch": 0, "step": 24, "loss": 0.5, "auc": 0.76, "logloss": 0.5, "gain_error": 0.0031, "share": 0.25})
+    history.append({"epoch": 0, "step": 36, "loss": 0.5, "auc": 0.77, "logloss": 0.4, "gain_error": 0.003, "table_share": 1.0})
     for entries in (history[:1], history[:1], history):
         on_step(Progress(history=entries))
     assert capsys.readouterr().out.splitlines() == [
         "before tuning: validation AUC 0.50000, log loss 0.70000",
         "epoch 1, step 12: training loss 0.60000, validation AUC 0.75000, log loss 0.50000",
         "epoch 1, step 24: training loss 0.50000, validation AUC 0.76000 (gain ±0.00310), log loss 0.50000, 0.25 of the way",
+        "epoch 1, step 36: training loss 0.50000, validation AUC 0.77000 (gain ±0.00300), log loss 0.40000, the tables alone",
     ]
 
 

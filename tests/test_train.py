@@ -146,7 +146,7 @@ def test_tuning_never_ends_below_where_it_began(small_log):
 
 
 def test_tuning_that_went_too_far_is_taken_back_part_of_the_way_and_goes_on_from_where_it_was(small_log, monkeypatch):
-    """Of the first evaluation a quarter of the way is taken, of the second all of it. A log loss higher by a thousandth is no reason against it."""
+    """Tried are all of the way, that of the tables alone, half and a quarter. A log loss higher by a thousandth is no reason against any."""
     start = build(small_log, "deepfm", MODEL, seed=0)
     train_recommender(start, FAST)
     start.model.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # as of an attention: has no mean with itself
@@ -163,14 +163,20 @@ def test_tuning_that_went_too_far_is_taken_back_part_of_the_way_and_goes_on_from
         return progress.history, recommender.model.state_dict()
 
     before, (_, half), (_, whole) = start.model.state_dict(), tuned([(0.9, 0.5), (0.8, 0.5)]), tuned([(0.8, 0.5), (0.9, 0.5)])
-    first = [(0.7, 0.5), (0.9, 0.5006), (0.6, 0.4), (0.8, 0.5004)]
-    history, kept = tuned([*first, (0.8, 0.4), (0.7, 0.4), (0.8, 0.5)], keep_initial=True)
+    first = [(0.7, 0.5), (0.9, 0.5006), (0.9, 0.5006), (0.6, 0.4), (0.8, 0.5004)]
+    history, kept = tuned([*first, (0.8, 0.4), (0.6, 0.4), (0.7, 0.4), (0.8, 0.5)], keep_initial=True)
     assert [(entry["auc"], entry["logloss"], entry.get("share")) for entry in history] == [(0.7, 0.5, None), (0.8, 0.5004, 0.25), (0.8, 0.4, None)]
     for name, tensor in kept.items():
         torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * half[name])
     history, kept = tuned([*first, (0.9, 0.4)], keep_initial=True)
     assert [entry.get("share") for entry in history] == [None, 0.25, None]
     assert all(torch.equal(tensor, whole[name]) for name, tensor in kept.items())
+    history, kept = tuned([*first[:2], (0.8, 0.5004), (0.6, 0.4), (0.9, 0.4)], keep_initial=True)
+    assert [(entry.get("share"), entry.get("table_share")) for entry in history] == [(None, None), (None, 1.0), (None, 1.0)]
+    for name, tensor in kept.items():
+        of_table = isinstance(start.model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        assert torch.equal(tensor, (whole if of_table else before)[name])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in kept.items())
 
 
 def test_a_gain_that_may_be_chance_is_not_kept(small_log, monkeypatch):
@@ -197,7 +203,7 @@ def test_a_gain_that_may_be_chance_is_not_kept(small_log, monkeypatch):
     model, progress = tuned(0.7, 0.7 + 2.01 * error)
     assert progress.best_step == 24
     assert not same_weights(model, start.model)
-    model, progress = tuned(0.7, 0.7 + 1.99 * error, 0.7, 0.7)
+    model, progress = tuned(0.7, 0.7 + 1.99 * error, 0.7, 0.7, 0.7)
     assert progress.best_step == 0
     assert same_weights(model, start.model)
 

@@ -234,7 +234,7 @@ def test_a_ratio_of_the_tables_out_of_reach_is_said_before_anything_is_measured_
 def test_a_higher_auc_at_the_cost_of_log_loss_is_not_taken(base, tmp_path, monkeypatch):
     monkeypatch.setattr(state, "log_loss", lambda labels, logits: next(losses))
     monkeypatch.setattr(state, "auc", lambda labels, logits: next(aucs))
-    losses, aucs = iter([0.5, 0.6, 0.6, 0.6]), iter([0.7, 0.9, 0.9, 0.9])
+    losses, aucs = iter([0.5, *[0.6] * 4]), iter([0.7, *[0.9] * 4])
     record = compress_run(base, tmp_path / "small", method="Scalar()", tuning=replace(SHORT, evaluations_per_epoch=1))
     assert [entry["auc"] for entry in record["tuning"]["history"]] == [0.7, 0.9]
     untuned = compress_run(base, tmp_path / "untuned", method="Scalar()", tuning=None)

@@ -115,7 +115,7 @@ def _evaluation(entry: dict[str, float]) -> str:
     quality = f"validation AUC {entry['auc']:.5f}{error}, log loss {entry['logloss']:.5f}"
     if not entry["step"]:
         return f"before tuning: {quality}"
-    way = f", {entry['share']:g} of the way" if "share" in entry else ""
+    way = f", {entry['share']:g} of the way" if "share" in entry else ", the tables alone" if "table_share" in entry else ""
     return f"epoch {entry['epoch'] + 1}, step {entry['step']:,}: training loss {entry['loss']:.5f}, {quality}{way}"
 
 

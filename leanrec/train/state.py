@@ -20,8 +20,8 @@ from leanrec.recommender import predict
 from leanrec.train.row_adam import RowAdam
 from leanrec.train.settings import TrainSettings
 
-SHARES = (0.5, 0.25)
-"""How much of the way from the best weights is tried where all of it was too much."""
+PARTS = ({"table_share": 1.0}, {"share": 0.5}, {"share": 0.25})
+"""How much of the way from the best weights is tried where all of it was too much: that of the tables alone, then less of all weights."""
 
 LEAST_GAIN = 2.0
 """Standard errors by which the AUC must be above that before tuning: where validation rows are few, the best of many looks is above it by chance."""
@@ -37,7 +37,7 @@ class Progress:
     Attributes:
         best_step: Step after which the AUC was best; 0 where that was before the first.
         history: One entry per evaluation: epoch, step, loss, auc, logloss; if the weights before the first step are a candidate, `gain_error`, the
-            standard error of what the AUC is above theirs; `share`, if part of the way is kept.
+            standard error of what the AUC is above theirs; `share` or `table_share`, if part of the way is kept.
     """
 
     epoch: int = 0
@@ -63,8 +63,9 @@ class State:
     def evaluate(self, validation: Loader) -> None:
         """Take the validation AUC; remember the weights if it is the best so far, and a gain of tuning neither chance nor paid for with the log loss.
 
-        Where tuning went too far, points on the way from the best weights so far are tried as well, for weights of one model before and after a
-        fine-tuning mix well (Wortsman et al., Robust fine-tuning of zero-shot models, CVPR 2022). Training goes on from where it was.
+        Where tuning went too far, parts of the way from the best weights so far are tried as well: that of the tables alone, for the rest of the
+        model over-fits first, and less of all of it, for weights of one model before and after a fine-tuning mix well (Wortsman et al., Robust
+        fine-tuning of zero-shot models, CVPR 2022). Training goes on from where it was.
         """
         progress = self.progress
         loss = progress.loss_sum / max(progress.loss_steps, 1)
@@ -107,14 +108,16 @@ class State:
 
     @torch.no_grad()
     def _keep_if_best_on_the_way(self, entry: dict[str, float], validation: Loader) -> bool:
-        """Try weights between the best and the present ones; write what is kept into `entry`, with its share of the way."""
+        """Try weights between the best and the present ones; write what is kept into `entry`, with its part of the way."""
         present = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        of_tables = {f"{path}.{name}" for path, table in _tables(self.model).items() for name in table.state_dict()}
         is_kept = False
-        for share in SHARES:
+        for part in PARTS:
             for name, tensor in self.model.state_dict().items():
                 if not torch.equal(self.best[name], present[name]) and tensor.is_floating_point():
+                    share = part.get("share", float(name in of_tables))
                     tensor.copy_(torch.lerp(self.best[name], present[name], share))
-            mixed = {**entry, **self._quality(validation), "share": share}
+            mixed = {**entry, **self._quality(validation), **part}
             if is_kept := self._keep_if_best(mixed):
                 entry.update(mixed)
                 break
@@ -154,10 +157,13 @@ class State:
         torch.set_rng_state(tensors["random"])
 
 
+def _tables(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag | Table)}
+
+
 def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     """Parameters of embedding tables, and all others, each with its learning rate and rule."""
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag | Table)]
-    in_tables = {parameter for module in modules for parameter in module.parameters()}
+    in_tables = {parameter for table in _tables(model).values() for parameter in table.parameters()}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter not in in_tables], "lr": settings.learning_rate},
