@@ -20,7 +20,7 @@ class TrainSettings:
         patience: Evaluations without a new best AUC after which training stops.
         learning_rate_decay: Factor on the learning rates at each evaluation without a new best AUC.
         keep_initial: Whether the weights before the first step count as a candidate for the best, and later ones only if their AUC is above that of
-            the first by two standard errors and their log loss higher by a thousandth at most. Where tuning went too far, the way of the tables
+            the first by more than chance and their log loss higher by a thousandth at most. Where tuning went too far, the way of the tables
             alone, and half and a quarter of that of all weights are candidates too.
         seed: Source of the order of the rows and of dropout.
         checkpoint_steps: Steps between checkpoints (there is also one at every evaluation).

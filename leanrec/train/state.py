@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ from leanrec.train.settings import TrainSettings
 PARTS = ({"table_share": 1.0}, {"share": 0.5}, {"share": 0.25})
 """How much of the way from the best weights is tried where all of it was too much: that of the tables alone, then less of all weights."""
 
-LEAST_GAIN = 2.0
-"""Standard errors by which the AUC must be above that before tuning: where validation rows are few, the best of many looks is above it by chance."""
+CHANCE = 0.025
+"""Of keeping a tuning that gains nothing. A look at the validation rows has its part of it (Bonferroni): the best of many is above 0 by chance."""
 
 MOST_LOG_LOSS = 1.001
 """How many times the log loss before tuning the one after it may be, for a higher AUC."""
@@ -59,6 +60,8 @@ class State:
         self.optimizer = RowAdam(_parameter_groups(model, settings))
         self.best: dict[str, Tensor] = {}
         self.first_logits = torch.empty(0)
+        looks = settings.epochs * settings.evaluations_per_epoch * (1 + len(PARTS))
+        self.least_gain = NormalDist().inv_cdf(1 - CHANCE / looks)  # in standard errors
 
     def evaluate(self, validation: Loader) -> None:
         """Take the validation AUC; remember the weights if it is the best so far, and a gain of tuning neither chance nor paid for with the log loss.
@@ -103,7 +106,7 @@ class State:
         if not (self.settings.keep_initial and self.progress.history):
             return True
         first = self.progress.history[0]
-        is_chance = entry["auc"] - first["auc"] <= LEAST_GAIN * entry["gain_error"]
+        is_chance = entry["auc"] - first["auc"] <= self.least_gain * entry["gain_error"]
         return not is_chance and entry["logloss"] <= MOST_LOG_LOSS * first["logloss"]
 
     @torch.no_grad()
