@@ -185,7 +185,7 @@ def test_a_gain_that_may_be_chance_is_not_kept(small_log, monkeypatch):
     train_recommender(start, FAST)
     validation = loaders(small_log, start.schema)[1]
     labels, logits = predict(start.model, validation)
-    settings = TrainSettings(epochs=1, batch_size=256, learning_rate=1e-3, keep_initial=True)  # four looks, of 1/160 each: 2.498 standard errors
+    settings = TrainSettings(epochs=1, batch_size=256, learning_rate=1e-3, keep_initial=True)  # four looks, of 1/4000 each: 3.481 standard errors
     monkeypatch.setattr(state, "log_loss", lambda labels, logits: 0.5)
 
     def tuned(*aucs):
@@ -200,10 +200,10 @@ def test_a_gain_that_may_be_chance_is_not_kept(small_log, monkeypatch):
     after, draws = predict(model, validation)[1], torch.randint(len(labels), (500, len(labels)), generator=torch.Generator().manual_seed(0))
     differences = torch.tensor([auc(labels[rows], after[rows]) - auc(labels[rows], logits[rows]) for rows in draws])
     assert error == pytest.approx(differences.std().item(), rel=0.15)
-    model, progress = tuned(0.7, 0.7 + 2.51 * error)
+    model, progress = tuned(0.7, 0.7 + 3.49 * error)
     assert progress.best_step == 24
     assert not same_weights(model, start.model)
-    model, progress = tuned(0.7, 0.7 + 2.49 * error, 0.7, 0.7, 0.7)
+    model, progress = tuned(0.7, 0.7 + 3.47 * error, 0.7, 0.7, 0.7)
     assert progress.best_step == 0
     assert same_weights(model, start.model)
 

@@ -24,8 +24,11 @@ from leanrec.train.settings import TrainSettings
 PARTS = ({"table_share": 1.0}, {"share": 0.5}, {"share": 0.25})
 """How much of the way from the best weights is tried where all of it was too much: that of the tables alone, then less of all weights."""
 
-CHANCE = 0.025
-"""Of keeping a tuning that gains nothing. A look at the validation rows has its part of it (Bonferroni): the best of many is above 0 by chance."""
+CHANCE = 0.001
+"""Of keeping a tuning that gains nothing. A look at the validation rows has its part of it (Bonferroni): the best of many is above 0 by chance.
+
+A strict level, for rows of one user or query are not independent, and the same rows have told when to stop the training before.
+"""
 
 MOST_LOG_LOSS = 1.001
 """How many times the log loss before tuning the one after it may be, for a higher AUC."""
