@@ -306,6 +306,27 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(small_log, tmp_path
     assert same_weights(second.model, undisturbed.model)
 
 
+@pytest.mark.parametrize("fault", ["cut short", "of a larger model", "of a plain training"])
+def test_a_checkpoint_that_fits_no_more_is_named_with_what_to_do(small_log, tmp_path, fault):
+    checkpoint = tmp_path / "checkpoint.safetensors"
+
+    def stopped(embedding_dim, *, keep_initial):
+        def stop(progress):
+            if checkpoint.exists():
+                raise KeyboardInterrupt
+
+        settings = TrainSettings(**{**vars(FAST), "checkpoint_steps": 2, "keep_initial": keep_initial})
+        recommender = build(small_log, "deepfm", {**MODEL, "embedding_dim": embedding_dim}, seed=0)
+        train(recommender.model, *loaders(small_log, recommender.schema, settings), settings, checkpoint=checkpoint, on_step=stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped(8 if fault == "of a larger model" else 4, keep_initial=fault != "of a plain training")
+    if fault == "cut short":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"^[^\n]*checkpoint.safetensors: not a checkpoint that this run can go on from \([^\n]+Delete it, .*$"):
+        stopped(4, keep_initial=True)
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path

@@ -8,7 +8,7 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -64,7 +64,7 @@ class State:
         self.best: dict[str, Tensor] = {}
         self.first_logits = torch.empty(0)
         looks = settings.epochs * settings.evaluations_per_epoch * (1 + len(PARTS))
-        self.least_gain = NormalDist().inv_cdf(1 - CHANCE / looks)  # in standard errors
+        self.least_gain = -NormalDist().inv_cdf(CHANCE / looks)  # in standard errors
 
     def evaluate(self, validation: Loader) -> None:
         """Take the validation AUC; remember the weights if it is the best so far, and a gain of tuning neither chance nor paid for with the log loss.
@@ -137,14 +137,26 @@ class State:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"optimizer/{index}/{key}": value for index, values in optimizer["state"].items() for key, value in values.items()}
         tensors["random"] = torch.get_rng_state()
-        tensors["first_logits"] = self.first_logits
+        if self.settings.keep_initial:
+            tensors["first_logits"] = self.first_logits
         rates = [group["lr"] for group in self.optimizer.param_groups]
         temporary = path.with_name(path.name + ".tmp")
         save_file(_unshared(tensors), temporary, metadata={"progress": json.dumps(asdict(self.progress)), "rates": json.dumps(rates)})
         runs.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
+        """Go on from what `save` wrote.
+
+        Raises:
+            ValueError: The file was not written by `save`, by another version of it or for another model, or is damaged.
+        """
+        try:
+            self._load(path)
+        except (SafetensorError, LookupError, TypeError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: not a checkpoint that this run can go on from ({reason}). Delete it, and the training starts over.") from None
+
+    def _load(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -159,7 +171,8 @@ class State:
         for group, rate in zip(optimizer["param_groups"], json.loads(metadata["rates"]), strict=True):
             group["lr"] = rate
         self.optimizer.load_state_dict(optimizer)
-        self.first_logits = tensors["first_logits"]
+        if self.settings.keep_initial:
+            self.first_logits = tensors["first_logits"]
         torch.set_rng_state(tensors["random"])
 
 
