@@ -314,13 +314,15 @@ def test_at_a_glance_the_default_method_stands_beside_the_full_model_and_the_bes
     for (ratio, (gain, logloss, _)), width in zip(expected.items(), (1e-4, 1e-4, 1e-4, 0.005), strict=True):
         write("VRQ", float(gain), ratio=ratio, width=width, logloss=0.4 * (1 + float(logloss[:-1]) / 100))
         write("PQ", -0.002, ratio=ratio)
-        write("RQ", -0.003, ratio=ratio)
+        write("RQ", {40: 0.0, 160: 0.002}.get(ratio, -0.003), ratio=ratio)
         write("CCE", 0.01, ratio=ratio, scratch=True)
     write("VRQ", 0.0, ratio=320)
     write("PQ", 0.0, ratio=320)
     rows = [line.split(" | ") for line in readme(tmp_path).splitlines() if line.startswith("| tiny | ")]
     assert [(row[6].split()[0], row[7], row[8]) for row in rows] == list(expected.values())
-    assert all(row[9].startswith("`PQ()` -0.0020 [") and row[10].startswith("+0.0012 [") for row in rows)
+    assert [" ".join(row[9].split()[:2]) for row in rows] == ["`PQ()` -0.0020", "`RQ()` +0.0000", "`PQ()` -0.0020", "`RQ()` +0.0020"]
+    assert [row[10] for row in rows] == ["none", "`RQ()`", "none", "none"]  # at 160x the interval of ours holds it
+    assert all(row[11].startswith("+0.0012 [") for row in rows)
 
 
 def test_a_difference_to_another_full_model_than_that_of_the_table_is_marked_and_all_machines_are_named(suite, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ Result = Mapping[str, Any]
 
 SHOWN_DROP = 0.03  # of AUC, in pictures
 SAME_AUC = 5e-5  # to four digits
+NORMAL_QUANTILE = 1.959964  # of 95% intervals over rows
 
 MOST_AUC, MOST_AUC_LOW, MOST_LOG_LOSS = 0.0005, 0.001, 0.005  # that may be lost where nothing is said to be
 
@@ -86,13 +88,15 @@ def _summary(suites: Mapping[str, Sequence[Result]]) -> list[str]:
                 others = {name: members for name, members in methods.items() if members[0]["run"]["family"] != type(parse(METHOD)).__name__}
                 if METHOD in methods and len({members[0]["run"]["family"] for members in others.values()}) > 1:
                     rows.append(_summary_row(suite, methods[METHOD], others, full, _tuned(group)))
-    columns = "suite | log | backbone | dimension | ratio | seeds | AUC difference [95%] | log loss | nothing lost | best other method | full, tuned"
+    columns = ["suite", "log", "backbone", "dimension", "ratio", "seeds", "AUC difference [95%]", "log loss", "nothing lost"]
+    columns += ["best other method", "better", "full, tuned"]
     about = f"""The default method, `{METHOD}`, at every size at which two and more others that compress the same models are compared with it.
 **log loss**: relative to the full models. **nothing lost**: an AUC difference of {-MOST_AUC} or better, the end of its interval
-above {-MOST_AUC_LOW}, and a log loss not higher by more than {MOST_LOG_LOSS:.1%}. **full, tuned**: the AUC difference of the full
-model, after the same fine-tuning, to itself before it: what of a gain is not the compression's.
+above {-MOST_AUC_LOW}, and a log loss not higher by more than {MOST_LOG_LOSS:.1%}. **better**: other methods whose AUC is higher beyond the
+interval of the difference. **full, tuned**: the AUC difference of the full model, after the same fine-tuning, to itself before it: what of a
+gain is not the compression's.
 """
-    return ["## At a glance\n", about, f"| {columns} |\n{'|---' * 11}|", *rows, ""] if rows else []
+    return ["## At a glance\n", about, f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", *rows, ""] if rows else []
 
 
 def _tuned(results: Sequence[Result]) -> list[Result]:
@@ -107,6 +111,7 @@ def _summary_row(
     log_loss = mean(ours, "quality", "logloss") / mean([full[result["run"]["seed"]] for result in ours], "quality", "logloss") - 1
     is_kept = value >= -MOST_AUC and low > -MOST_AUC_LOW and log_loss <= MOST_LOG_LOSS
     name, best = max(others.items(), key=lambda other: _interval(other[1])[0])
+    better = [f"`{name}`" for name, members in others.items() if _is_better(members, ours)]
     cells = [
         suite,
         run["experiment"],
@@ -118,6 +123,7 @@ def _summary_row(
         f"{log_loss:+.1%}{_other(ours, list(full.values()))}",
         "yes" if is_kept else "no",
         f"`{name}` {difference(best)}",
+        ", ".join(better) or "none",
         difference(tuned) if tuned else "",
     ]
     return "| " + " | ".join(cells) + " |"
@@ -228,11 +234,28 @@ def difference(results: Sequence[Result]) -> str:
 
 def _interval(results: Sequence[Result]) -> tuple[float, float, float]:
     """Mean AUC difference over seeds and the ends of its interval; of a single seed, the interval over its rows."""
-    if len(results) == 1:
-        quality = results[0]["quality"]
-        return quality["auc_diff"], quality["auc_diff_low"], quality["auc_diff_high"]
-    differences = [result["quality"]["auc_diff"] for result in results]
-    errors = [(result["quality"]["auc_diff_high"] - result["quality"]["auc_diff_low"]) / 2 / 1.959964 for result in results]
+    return _combined([result["quality"]["auc_diff"] for result in results], [_error(result) for result in results])
+
+
+def _is_better(results: Sequence[Result], ours: Sequence[Result]) -> bool:
+    """Whether the AUC of a method is above that of another one, on the seeds of both, beyond the interval of the difference.
+
+    Their differences to the full model are taken for independent. They have that model in common, so this usually errs on the wide side.
+    """
+    pairs = [(a, b) for a in results for b in ours if a["run"]["seed"] == b["run"]["seed"]]
+    differences = [a["quality"]["auc_diff"] - b["quality"]["auc_diff"] for a, b in pairs]
+    return bool(pairs) and _combined(differences, [math.hypot(_error(a), _error(b)) for a, b in pairs])[1] > 0
+
+
+def _error(result: Result) -> float:
+    """Standard error of the AUC difference, over rows."""
+    return (result["quality"]["auc_diff_high"] - result["quality"]["auc_diff_low"]) / 2 / NORMAL_QUANTILE
+
+
+def _combined(differences: Sequence[float], errors: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of one difference per seed and the ends of its interval; of a single seed, the interval over its rows."""
+    if len(differences) == 1:
+        return differences[0], differences[0] - NORMAL_QUANTILE * errors[0], differences[0] + NORMAL_QUANTILE * errors[0]
     interval = combine_seeds(differences, errors)
     return interval.value, interval.low, interval.high
 
