@@ -20,8 +20,8 @@ from leanrec.bench.table import core_hours, difference, readme
 from leanrec.data.loader import Loader
 from leanrec.methods import METHODS
 from leanrec.recommender import open_run, predict
-from leanrec.train import Teacher, train_recommender
-from leanrec.tune import TUNING
+from leanrec.train import Teacher, TrainSettings, train_recommender, train_run
+from leanrec.tune import TUNING, compress_run
 
 REPOSITORY = Path(__file__).parents[1]
 TOML = """
@@ -30,6 +30,7 @@ embedding_dim = 8
 seeds = [0, 1]
 methods = ["PQ()"]
 ratios = [20]
+restarted = ["PQ()"]
 scratch = ["Hash()", "LowRank()"]
 settings = ["Scalar(num_bits=8)"]
 small_dims = [2]
@@ -75,8 +76,8 @@ def run(folder: Path, seen=None):
 
 def test_every_combination_of_an_experiment_is_one_result_with_the_keys_of_a_run(suite):
     results = read_results(suite / "results" / "tiny")
-    assert len(results) == 2 * 9
-    assert {result["run"]["family"] for result in results} == {"Full", "Tuned", "Smaller", "Dense", "Scalar", "PQ", "Hash", "LowRank"}
+    assert len(results) == 2 * 10
+    assert {result["run"]["family"] for result in results} == {"Full", "Tuned", "Smaller", "Dense", "Restarted", "Scalar", "PQ", "Hash", "LowRank"}
     for result in results:
         assert {"run", "quality", "size", "seconds", "peak_memory", "speed", "machine", "versions", "commit", "settings"} <= result.keys()
         assert {"dataset", "backbone", "method", "family", "embedding_dim", "seed"} <= result["run"].keys()
@@ -102,6 +103,21 @@ def test_the_tuned_full_model_is_the_full_model_after_the_fine_tuning(suite):
         labels, logits = predict(run.model, Loader(run.data, "test", run.schema, batch_size=4096))
         assert roc_auc_score(labels, logits) == pytest.approx(result["quality"]["auc"], abs=1e-6)
         assert result["size"]["tables"] == result["size"]["tables_full"]
+
+
+def test_a_restarted_model_is_a_new_one_trained_with_fitted_tables(suite, tmp_path):
+    results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "Restarted"]
+    assert len(results) == 2
+    for result in results:
+        seed = result["run"]["seed"]
+        full = next((suite / "work" / "runs").glob(f"*-d8-seed{seed}-*"))
+        compress_run(full, tmp_path / f"fitted{seed}", method="PQ()", ratio=20, tuning=None, seed=seed)
+        settings = TrainSettings(epochs=1, batch_size=500, seed=seed)
+        model = {"hidden_units": [8], "embedding_dim": 8}
+        train_run(suite / "work/data/small", tmp_path / f"new{seed}", model_settings=model, settings=settings, tables=tmp_path / f"fitted{seed}")
+        new = open_run(tmp_path / f"new{seed}")
+        labels, logits = predict(new.model, Loader(new.data, "test", new.schema, batch_size=4096))
+        assert roc_auc_score(labels, logits) == pytest.approx(result["quality"]["auc"], abs=1e-6)
 
 
 def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_as_good(suite):
@@ -188,7 +204,7 @@ def test_a_finished_run_is_skipped_and_a_missing_one_is_made_again(suite):
     missing.unlink()
     seen = []
     run(suite, seen)
-    assert seen == [(missing.name, 18, 18)]
+    assert seen == [(missing.name, 20, 20)]
     after = {path: path.read_text() for path in sorted((suite / "results" / "tiny").glob("*.json"))}
     assert {path for path in before if before[path] == after[path]} >= set(before) - {missing}
     assert json.loads(after[missing])["quality"] == json.loads(before[missing])["quality"]
@@ -207,11 +223,13 @@ def test_the_page_has_a_row_for_each_method_and_size_and_a_picture(suite):
         "Hash",
         "LowRank",
         "PQ",
+        "PQ",
         "Scalar",
         "Full of dimension 2",
         "Scalar",
     ]
     assert any("`Hash() at 20x from scratch`" in row for row in rows)
+    assert any("`PQ() at 20x in a new model`" in row for row in rows)
     assert rows[1].startswith("| `Full(), fine-tuned` | ")
     assert "pictures/tiny-small-deepfm.png" in text
     results = [result for result in read_results(suite / "results" / "tiny") if result["run"]["family"] == "PQ"]
@@ -279,6 +297,7 @@ def test_committed_experiments_can_be_read_and_every_committed_result_belongs_to
         "Tuned",
         "Smaller",
         "Dense",
+        "Restarted",
     }
 
 
@@ -291,7 +310,7 @@ def test_a_method_that_cannot_become_so_small_becomes_as_small_as_it_can(suite):
 def test_a_row_with_fewer_seeds_than_its_table_says_so(suite, tmp_path):
     (tmp_path / "results").mkdir()
     shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")
-    next((tmp_path / "results" / "tiny").glob("*PQ*seed1.json")).unlink()
+    next((tmp_path / "results" / "tiny").glob("*PQ-20x*seed1.json")).unlink()
     rows = [line for line in readme(tmp_path).splitlines() if "seeds" in line and line.startswith("| `")]
     assert [row.split("|")[1].strip() for row in rows] == ["`PQ() at 20x`, 1 of 2 seeds"]
 
@@ -329,7 +348,7 @@ def test_a_difference_to_another_full_model_than_that_of_the_table_is_marked_and
     (tmp_path / "results").mkdir()
     shutil.copytree(suite / "results" / "tiny", tmp_path / "results" / "tiny")
     assert "]‡" not in readme(tmp_path)
-    path = next((tmp_path / "results" / "tiny").glob("*PQ*seed1.json"))
+    path = next((tmp_path / "results" / "tiny").glob("*PQ-20x*seed1.json"))
     result = json.loads(path.read_text())
     result["quality"]["auc_diff"] += 0.0001
     path.write_text(json.dumps(result | {"machine": "an abacus"}))
@@ -347,4 +366,4 @@ def test_look_ups_of_codes_without_the_kernel_are_marked(suite, tmp_path):
             result["speed"]["kernel"] = built
             path.write_text(json.dumps(result))
         marked = {line.split("`")[1] for line in readme(tmp_path).splitlines() if line.startswith("| `") and "x†" in line}
-        assert marked == (set() if built else {"PQ() at 20x", "Scalar()", "Scalar() of dimension 2"})
+        assert marked == (set() if built else {"PQ() at 20x", "PQ() at 20x in a new model", "Scalar()", "Scalar() of dimension 2"})

@@ -19,10 +19,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FULL, TUNED, SMALLER, DENSE = "Full", "Tuned", "Smaller", "Dense"
+FULL, TUNED, SMALLER, DENSE, RESTARTED = "Full", "Tuned", "Smaller", "Dense", "Restarted"
 PLAIN = (FULL, SMALLER, "Scalar", "DropRare")
 """Families that a compressor has to beat: what anybody can do without it."""
-METHOD_KEYS = ("methods", "scratch", "settings", "small_methods")
+METHOD_KEYS = ("methods", "restarted", "scratch", "settings", "small_methods")
 LISTS = {"backbones": str, "seeds": int, "ratios": int | float, "small_dims": int, "dense_ratios": int | float} | dict.fromkeys(METHOD_KEYS, str)
 VALUES = {"dataset": str, "embedding_dim": int, "tuned_full": bool, "prepare": dict, "model": dict, "train": dict, "tuning": dict | bool}
 TRAIN_OPTIONS = {entry.name for entry in fields(TrainSettings)} - {"seed"}
@@ -45,6 +45,8 @@ class Experiment:
         seeds: Of initial weights, order of rows, fit and tuning.
         methods: Text forms whose settings are chosen for each of `ratios`.
         ratios: Bytes of all tables before / after; a method that cannot become so small takes its smallest settings.
+        restarted: Text forms of which the fitted tables, at each of `ratios`, go into a new model, whose other weights start at random and which is
+            trained as the full model was, codes frozen, in place of the fine-tuning: the third stage of MEC as published (2025).
         scratch: Text forms that the tables have from the first step of training on, at each of `ratios`; as they stand where there are none.
         settings: Text forms that are taken as they stand.
         small_dims: Embedding dimensions of plain smaller models.
@@ -62,6 +64,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[str, ...] = ()
     ratios: tuple[float, ...] = ()
+    restarted: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     small_dims: tuple[int, ...] = ()
@@ -148,7 +151,7 @@ class Cell:
             short = f"SmallDim(embedding_dim={self.embedding_dim})" + (f" {short}" if short != "Full()" else "")
         size += f"-dense-{self.dense_ratio:g}x" if self.dense_ratio is not None else ""
         method = re.sub(r"[^A-Za-z0-9.=]+", "-", short).strip("-") + ("-scratch" if self.from_scratch else "")
-        method += "-tuned" if self.family == TUNED else ""
+        method += {TUNED: "-tuned", RESTARTED: "-restarted"}.get(self.family, "")
         return f"{self.experiment.name}-{self.backbone}-{method}{size}-d{self.embedding_dim}-seed{self.seed}.json"
 
 
@@ -172,6 +175,9 @@ def cells(experiment: Experiment) -> Iterator[Cell]:
             for text in experiment.methods:
                 for ratio in experiment.ratios:
                     yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=ratio)
+            for text in experiment.restarted:
+                for ratio in experiment.ratios:
+                    yield replace(full, family=RESTARTED, method=repr(parse(text)), ratio=ratio)
             for text in experiment.scratch:
                 for size in experiment.ratios or (None,):
                     yield replace(full, family=type(parse(text)).__name__, method=repr(parse(text)), ratio=size, from_scratch=True)

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 
 from leanrec import runs
-from leanrec.bench.experiment import DENSE, PLAIN, SMALLER, TUNED, Cell, Experiment, cells
+from leanrec.bench.experiment import DENSE, PLAIN, RESTARTED, SMALLER, TUNED, Cell, Experiment, cells
 from leanrec.bench.speed import lookups_per_second
 from leanrec.budget import least_nbytes
 from leanrec.data.loader import Loader
 from leanrec.data.prepare import prepare
 from leanrec.data.vocabulary import vocabulary_nbytes
 from leanrec.methods import parse
+from leanrec.move import move_tables
 from leanrec.ops import fused
 from leanrec.ops.intervals import delong_difference
 from leanrec.ops.metrics import auc, calibration_ratio, log_loss
-from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, compress_tables, open_run, predict
+from leanrec.recommender import MODEL_FILE, PREDICT_BATCH, Recommender, build, compress_tables, open_run, predict
 from leanrec.report import report
 from leanrec.train import Teacher, TrainSettings, train_recommender, train_run
 from leanrec.tune import TEACHER_SHARE, TUNING, compress_layers
@@ -178,8 +179,11 @@ def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str
         compress_tables(recommender, cell.method, nbytes=_nbytes(cell, recommender), seed=cell.seed)
     if cell.dense_ratio is not None:
         compress_layers(recommender, cell.dense_ratio, seed=cell.seed)
-    fitted, history = time.perf_counter(), []
-    if experiment.tuning is not False:
+    fitted = time.perf_counter()
+    history: list[dict[str, Any]] = []
+    if cell.family == RESTARTED:
+        recommender, history = _restarted(cell, folders, recommender)
+    elif experiment.tuning is not False:
         differences = {} if experiment.tuning is True else dict(experiment.tuning)
         share = differences.pop("teacher_share", TEACHER_SHARE)
         teacher = Teacher(open_run(base).model, share) if share else None
@@ -189,6 +193,14 @@ def _compressed_result(cell: Cell, folders: Folders, full_run: Path) -> dict[str
     folder.mkdir(parents=True, exist_ok=True)
     recommender.save(folder)
     return {**_result(cell, folders, recommender, full_run, seconds=seconds, file=folder / MODEL_FILE), "tuning": history}
+
+
+def _restarted(cell: Cell, folders: Folders, fitted: Recommender) -> tuple[Recommender, list[dict[str, Any]]]:
+    """A new model with fitted tables, trained as the full model was, and its history."""
+    training = _training(cell, folders, cell.embedding_dim)
+    new = build(training["data"], training["model"], training["model_settings"], seed=cell.seed)
+    move_tables(fitted.model, new.model)
+    return new, train_recommender(new, training["settings"], from_scratch=False).history
 
 
 def _result(cell: Cell, folders: Folders, recommender: Recommender, full_run: Path, *, seconds: Mapping[str, float], file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from leanrec.bench.experiment import DENSE, FULL, PLAIN, SMALLER, TUNED
+from leanrec.bench.experiment import DENSE, FULL, PLAIN, RESTARTED, SMALLER, TUNED
 from leanrec.bench.run import opponent, read_suites
 from leanrec.methods import parse
 from leanrec.ops.intervals import combine_seeds
@@ -83,6 +83,7 @@ def _summary(suites: Mapping[str, Sequence[Result]]) -> list[str]:
         for group in grouped(results, _experiment_key):
             full = {result["run"]["seed"]: result for result in group if result["run"]["family"] == FULL}
             sized = [result for result in group if result["run"]["ratio"] and result["run"]["seed"] in full and not _scratch(result)]
+            sized = [result for result in sized if result["run"]["family"] != RESTARTED]
             for cell in grouped(sized, lambda result: result["run"]["ratio"]):
                 methods = {parse(members[0]["run"]["method"]).short(): members for members in grouped(cell, _method_key)}
                 others = {name: members for name, members in methods.items() if members[0]["run"]["family"] != type(parse(METHOD)).__name__}
@@ -177,7 +178,7 @@ def _row(results: Sequence[Result], known: Sequence[Result], full: Sequence[Resu
     )
     name += (f" at {run['ratio']:g}x" if run["ratio"] is not None else "") + (" from scratch" if _scratch(results[0]) else "")
     name += f", linear layers at {run['dense_ratio']:g}x" if run.get("dense_ratio") else ""
-    name += ", fine-tuned" if run["family"] == TUNED else ""
+    name += {TUNED: ", fine-tuned", RESTARTED: " in a new model"}.get(run["family"], "")
     aucs = [result["quality"]["auc"] for result in results]
     spread = f" ± {stdev(aucs):.4f}" if len(aucs) > 1 else ""
     cells = [
@@ -295,7 +296,7 @@ def _plot(results: Sequence[Result], path: Path) -> Path:
             continue
         groups = sorted(grouped(list(members), _method_key), key=lambda group: mean(group, "size", "tables"))
         values, lows, highs = np.array([_interval(group) for group in groups]).T
-        label = ("smaller dimension" if family == SMALLER else family) + (" from scratch" if scratch else "")
+        label = {SMALLER: "smaller dimension", RESTARTED: "in a new model"}.get(family, family) + (" from scratch" if scratch else "")
         axes.errorbar(
             [mean(group, "size", "tables") for group in groups],
             full + values,
@@ -337,7 +338,7 @@ def _experiment_key(result: Result) -> tuple[str, str]:
 def _method_key(result: Result) -> tuple[str, bool, bool, float, float, int]:
     return (
         parse(result["run"]["method"]).short(),  # two texts of one method, with and without an argument that came later, are one
-        result["run"]["family"] == TUNED,
+        result["run"]["family"] in (TUNED, RESTARTED),
         _scratch(result),
         result["run"]["ratio"] or 0.0,
         result["run"].get("dense_ratio") or 0.0,
