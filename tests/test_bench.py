@@ -118,6 +118,15 @@ def test_a_restarted_model_is_a_new_one_trained_with_fitted_tables(suite, tmp_pa
         new = open_run(tmp_path / f"new{seed}")
         labels, logits = predict(new.model, Loader(new.data, "test", new.schema, batch_size=4096))
         assert roc_auc_score(labels, logits) == pytest.approx(result["quality"]["auc"], abs=1e-6)
+    alone = tmp_path / "results" / "tiny"
+    alone.mkdir(parents=True)
+    for kind in ("Full-d8", "PQ-restarted"):
+        for path in (suite / "results" / "tiny").glob(f"small-deepfm-{kind}*"):
+            shutil.copy(path, alone)
+    page = readme(tmp_path)
+    assert "`PQ() at 20x in a new model`" in page
+    assert "teacher's share 0" not in page
+    assert "teacher's share 0.5" in readme(suite)
 
 
 def test_the_ratio_is_met_and_the_opponent_is_the_smallest_plain_model_that_is_as_good(suite):

@@ -162,8 +162,8 @@ def _experiment(results: Sequence[Result], folder: Path, suite: str, known: Sequ
 
 
 def _teacher(results: Sequence[Result]) -> str:
-    """What the full model has to say in the fine-tunings; nothing where there are none."""
-    tunings = [result["settings"]["tuning"] for result in results if result.get("tuning")]
+    """What the full model has to say in the fine-tunings; nothing where there are none, as in new models, which learn from clicks alone."""
+    tunings = [result["settings"]["tuning"] for result in results if result.get("tuning") and result["run"]["family"] != RESTARTED]
     shares = sorted({TEACHER_SHARE if tuning is True else tuning.get("teacher_share", TEACHER_SHARE) for tuning in tunings})
     return f"teacher's share {' or '.join(f'{share:g}' for share in shares)}; " if shares else ""
 
